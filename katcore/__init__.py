@@ -1,0 +1,3 @@
+"""katcore: specialize expert agents, then unify them into one model."""
+
+__version__ = "0.1.0"

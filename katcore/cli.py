@@ -1,0 +1,5 @@
+"""The command line: `kat <verb>`."""
+
+
+def main() -> None:
+    """Run `kat`."""

@@ -1,0 +1,160 @@
+"""YAML to validated records, and the only reader of the process environment."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from katcore.errors import ConfigError
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+class Settings(BaseModel):
+    """Base of all configs: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """The model all experts and the student start from.
+
+    `scratch` trains a small Llama in the `base` stage; `package` converts the weights that a pip
+    package carries.
+    """
+
+    kind: Literal["scratch", "package"] = "scratch"
+    package: str = ""
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    vocabulary: int = 1024
+    context: int = 1024
+    lora_rank: int = 0
+
+
+class BaseTrainingSettings(Settings):
+    """Generic pretraining; independent of the installed experts."""
+
+    steps: int = 400
+    batch: int = 32
+    length: int = 256
+    lr: float = 2e-3
+    warmup: int = 20
+
+
+class CollectSettings(Settings):
+    """Demonstrations replayed through sandbox, proxy and verifier."""
+
+    max_tasks: int = 1500
+    concurrency: int = 16
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning on verified demonstrations."""
+
+    steps: int = 160
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 20
+    final_lr: float = 0.1
+
+
+class RlSettings(Settings):
+    """Group-relative policy optimisation on verifier rewards."""
+
+    steps: int = 30
+    prompts: int = 12
+    group: int = 8
+    lr: float = 5e-4
+    final_lr: float = 0.15
+    minibatches: int = 2
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    checkpoint_every: int = 10
+
+
+class DistillSettings(Settings):
+    """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens."""
+
+    steps: int = 30
+    prompts: int = 16
+    lr: float = 1e-3
+    warmup: int = 5
+    final_lr: float = 0.2
+    temperature: float = 1.0
+
+
+class EvaluateSettings(Settings):
+    """Held-out evaluation: greedy is the headline, sampled stands beside it."""
+
+    tasks: int = 200
+    temperature: float = 1.0
+    retention: float = 0.95
+    retention_lower: float = 0.90
+
+
+class Preset(Settings):
+    """All settings of one run but its seed and experts."""
+
+    name: str
+    summary: str
+    model: ModelSettings = ModelSettings()
+    base: BaseTrainingSettings = BaseTrainingSettings()
+    collect: CollectSettings = CollectSettings()
+    sft: SftSettings = SftSettings()
+    student: SftSettings = SftSettings()
+    rl: RlSettings = RlSettings()
+    distill: DistillSettings = DistillSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    sandbox: str = "local"
+    sandbox_options: dict[str, Any] = Field(default_factory=dict)
+    max_new_tokens: int = 48
+    synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that ship with katcore."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
+
+
+def load_preset(name_or_path: str) -> Preset:
+    """A shipped preset by name, or any YAML file by path.
+
+    Raises:
+        ConfigError: no such preset, not YAML, or a key or value that does not fit; says where.
+    """
+    path = _PRESETS / f"{name_or_path}.yaml"
+    if not path.exists():
+        path = Path(name_or_path)
+        if path.suffix not in {".yaml", ".yml"} or not path.exists():
+            raise ConfigError(
+                f"no preset named {name_or_path!r}; choose one of: {', '.join(preset_names())},"
+                " or give the path of a YAML file"
+            )
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings, found {content!r}")
+        return Preset.model_validate({"name": path.stem, **content})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+        )
+        raise ConfigError(f"{path}: {lines}") from error
+
+
+def home() -> Path:
+    """Where runs, artefacts and caches live: $KATCORE_HOME, or `.kat` in the current folder."""
+    return Path(os.environ.get("KATCORE_HOME", ".kat")).resolve()
+
+
+def blocked_plugins() -> frozenset[str]:
+    """Plugins not to load: $KATCORE_PLUGINS_BLOCKED, names joined by commas."""
+    return frozenset(filter(None, os.environ.get("KATCORE_PLUGINS_BLOCKED", "").split(",")))

@@ -1,0 +1,1 @@
+"""Sources of tasks: Harbor task directories on disk."""

@@ -1,0 +1,61 @@
+"""Every error katcore raises on purpose.
+
+The tree says whose fault a failure was. `InfrastructureError` is the branch that never becomes a
+reward: a rollout that ends in one is repeated or dropped, never scored.
+"""
+
+
+class KatError(Exception):
+    """Base of all errors that katcore raises on purpose. The message is written for the user."""
+
+
+class ConfigError(KatError):
+    """A config, preset or argument is wrong. The message lists what would do."""
+
+
+class PluginError(KatError):
+    """A plugin cannot be imported, collides with another, or has no offer of the name asked for."""
+
+
+class StageError(KatError):
+    """A stage cannot run or its output is not what its manifest says."""
+
+
+class TaskError(KatError):
+    """A task directory is malformed, or asks for something the sandbox cannot build."""
+
+
+class InfrastructureError(KatError):
+    """Something outside the policy failed. Never a reward."""
+
+
+class SandboxError(InfrastructureError):
+    """A sandbox could not be opened or used."""
+
+
+class SandboxUnavailableError(SandboxError):
+    """This machine cannot isolate sandboxes with this backend. Nothing runs unisolated instead."""
+
+
+class SandboxTimeoutError(SandboxError):
+    """A command ran past its limit; its whole process tree is dead."""
+
+
+class SandboxGoneError(SandboxError):
+    """The sandbox died underneath its user."""
+
+
+class EngineError(InfrastructureError):
+    """The inference engine failed or went away."""
+
+
+class ProxyError(InfrastructureError):
+    """The proxy failed to record or serve a call."""
+
+
+class VerifierError(InfrastructureError):
+    """The verifier itself failed; nothing can be said about the rollout."""
+
+
+class ScaffoldError(InfrastructureError):
+    """The scaffold crashed for a reason that is not the policy's."""

@@ -1,0 +1,1 @@
+"""Engines behind the proxy; with train, the home of torch."""

@@ -1,0 +1,1 @@
+"""One module per stage, and what makes a stage's output immutable and resumable."""

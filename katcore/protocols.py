@@ -1,0 +1,124 @@
+"""All the Protocols on one page, in the order a rollout uses them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from katcore.schema.call import EngineRequest, Generation, Message
+from katcore.schema.rollout import ExecResult, ModelEndpoint, Rollout, Trajectory, Verdict
+from katcore.schema.sample import Sample
+from katcore.schema.task import SandboxSpec, Task
+
+
+class Synthesizer(Protocol):
+    """Makes tasks from real material, as Harbor task directories."""
+
+    def synthesize(self, out: Path, *, seed: int, report: Callable[[str], None]) -> None:
+        """Write `out/<split>/<task id>/` directories, splits `train` and `held-out`.
+
+        The same seed and material give the same bytes. `report` takes progress lines.
+
+        Raises:
+            TaskError: the material cannot be turned into tasks; says what is missing.
+        """
+
+
+class Dataset(Protocol):
+    """A named source of tasks."""
+
+    def tasks(self, split: str) -> Iterator[Task]:
+        """The tasks of a split, in a stable order."""
+
+
+class Sandbox(Protocol):
+    """A running, isolated machine. Paths are absolute, and inside it."""
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> ExecResult:
+        """Run `argv`. A non-zero exit is a result, not an error. `cwd` defaults to the WORKDIR.
+
+        Raises:
+            SandboxTimeoutError: `timeout_s` seconds passed; the process tree is dead.
+            SandboxGoneError: the machine is no longer there.
+        """
+
+    async def read(self, path: str) -> bytes:
+        """The bytes of a file. Raises FileNotFoundError, IsADirectoryError, PermissionError."""
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Create or replace a file, and its folders."""
+
+
+@runtime_checkable
+class SupportsChanges(Protocol):
+    """A sandbox that can say what was changed since it was opened, and repeat it in another."""
+
+    async def changes(self) -> bytes:
+        """An archive of all changed and deleted files outside /tmp, /proc and /dev."""
+
+    async def apply(self, changes: bytes) -> None:
+        """Make the changes of another sandbox of the same image."""
+
+
+class SandboxBackend(Protocol):
+    """Opens sandboxes. Leaving the context destroys the machine, whatever happened inside."""
+
+    def open(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
+        """A fresh machine.
+
+        Raises:
+            SandboxUnavailableError: this host cannot isolate.
+            TaskError: the environment's Dockerfile uses what the backend cannot build.
+        """
+
+    async def close(self) -> None:
+        """Destroy whatever is still open and stop helper processes."""
+
+
+class Engine(Protocol):
+    """Samples from a model: token ids in, token ids and log-probabilities out."""
+
+    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
+        """Ids of `messages`, ending where the assistant's answer begins.
+
+        With `is_continuation` they follow ids that end with a sampled end-of-turn token.
+        """
+
+    async def generate(self, request: EngineRequest) -> Generation:
+        """One completion.
+
+        Raises:
+            EngineError: the engine failed; or the prompt is longer than its context.
+        """
+
+
+class Scaffold(Protocol):
+    """A coding agent, as a black box that talks to a model endpoint."""
+
+    async def run(self, prompt: str, sandbox: Sandbox, endpoint: ModelEndpoint) -> ExecResult:
+        """Work on `prompt` until done. `stderr` says why it ended."""
+
+
+class Verifier(Protocol):
+    """Judges the state the agent left behind. The same state gives the same verdict."""
+
+    async def verify(self, task: Task, sandbox: Sandbox, trajectory: Trajectory) -> Verdict:
+        """Judge `sandbox`: a fresh machine to which the agent's changes were applied.
+
+        Raises:
+            VerifierError: nothing can be said; never a reward of 0.
+        """
+
+
+class Formatter(Protocol):
+    """Turns judged rollouts into training samples."""
+
+    def samples(self, rollouts: Iterable[Rollout]) -> Iterator[Sample]:
+        """One sample per usable rollout, in order."""

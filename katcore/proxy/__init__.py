@@ -1,0 +1,1 @@
+"""The LLM proxy: captures every model call, durably, before its answer is released."""

@@ -1,0 +1,1 @@
+"""The one home of mlflow: runs, metrics, registered models."""

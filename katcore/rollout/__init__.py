@@ -1,0 +1,1 @@
+"""Runs one task once (single) or many, losing none (collect)."""

@@ -1,0 +1,1 @@
+"""Isolated machines: environment images and the local namespace backend."""

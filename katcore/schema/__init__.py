@@ -1,0 +1,1 @@
+"""Frozen records that cross a package border, a process border or a restart."""

@@ -1,0 +1,28 @@
+"""One row of training data: a token tree."""
+
+from dataclasses import dataclass
+
+from katcore.schema.call import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A token tree in depth-first order, T tokens.
+
+    `parents[t]` is the index of the token before `t` on its path (-1 for the first token), so a plain
+    sequence is (-1, 0, 1, ...). `trained[t]` marks tokens the policy produced; every other token is
+    context. `logprobs[t]` is the behaviour policy's log-probability (0 where not sampled).
+    `branches[t]` counts the root-to-leaf paths through `t` (g_t of Tree Training).
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    trained: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    branches: tuple[int, ...]
+    rollout_id: str
+    task_id: str
+    domain: str
+    reward: float | None
+    origin: Origin
+    policy_version: str

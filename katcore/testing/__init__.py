@@ -1,0 +1,1 @@
+"""Contract classes and fakes for plugin authors."""

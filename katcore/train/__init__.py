@@ -1,0 +1,1 @@
+"""One training engine over token trees: SFT, RL and distillation are objectives."""

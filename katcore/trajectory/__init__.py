@@ -1,0 +1,1 @@
+"""The model-call log, the trajectory tree, and their audit."""

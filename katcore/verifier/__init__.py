@@ -1,0 +1,1 @@
+"""Judges of the state an agent left behind."""

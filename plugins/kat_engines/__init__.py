@@ -1,0 +1,1 @@
+"""Inference engines: scripted and embedded transformers."""

@@ -1,0 +1,1 @@
+"""Formatting rules: rollouts to training samples."""

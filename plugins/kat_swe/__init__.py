@@ -1,0 +1,1 @@
+"""The SWE expert: bug repair in real Python packages."""

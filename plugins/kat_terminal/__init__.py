@@ -1,0 +1,1 @@
+"""The Terminal expert: shell work on real files."""
