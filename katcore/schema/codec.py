@@ -19,7 +19,8 @@ def _adapter(record: Any) -> TypeAdapter[Any]:
 
 def to_json(record: object) -> bytes:
     """One record as compact JSON, without a line end."""
-    return bytes(_adapter(type(record)).dump_json(record))
+    kind: Any = type(record)
+    return bytes(_adapter(kind).dump_json(record))
 
 
 def from_json(record: type[T], data: bytes | str) -> T:
@@ -29,7 +30,8 @@ def from_json(record: type[T], data: bytes | str) -> T:
         StageError: `data` is not a valid `record`.
     """
     try:
-        value: T = _adapter(record).validate_json(data)
+        kind: Any = record
+        value: T = _adapter(kind).validate_json(data)
     except ValidationError as error:
         raise StageError(f"not a valid {record.__name__}: {error}") from error
     return value
