@@ -1,1 +1,1 @@
-"""Isolated machines: environment images and the local namespace backend."""
+"""Images for sandboxes: a declared subset of Dockerfile, and the store that builds it once per content."""

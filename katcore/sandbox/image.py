@@ -1,0 +1,207 @@
+"""The image store: each environment folder is built once per content, into read-only layers.
+
+    <root>/layers/<key>/       files of one build, on top of the parent's layers
+    <root>/built/<key>.json    what a build gave: its layers, ENV and WORKDIR
+    <root>/names/<name>.json   the same, under a name that a Dockerfile can start FROM
+
+A build happens in a temporary folder and is renamed into place, under a file lock: a killed build leaves
+nothing that is taken for finished, and two processes that want the same image build it once.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import posixpath
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from katcore.errors import TaskError
+from katcore.sandbox.dockerfile import Dockerfile, Step, parse
+
+HOST = "host"
+"""The parent of all images: the machine's own programs, read-only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A root file system: layers (topmost first), variables and working folder."""
+
+    key: str
+    layers: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    workdir: str = "/"
+
+
+Runner = Callable[[Image, str], bytes]
+"""Runs a shell command in a fresh sandbox of an image; returns its changes as a tar archive."""
+
+
+class ImageStore:
+    """Builds, caches and names images under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: dict[Path, tuple[int, Image]] = {}
+        for folder in ("layers", "built", "names"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> tuple[str, ...]:
+        """The named images, and `host`."""
+        return (HOST, *sorted(path.stem for path in (self._root / "names").glob("*.json")))
+
+    def folders(self, image: Image) -> tuple[Path, ...]:
+        """Where the layers of an image are, topmost first."""
+        return tuple(self._root / "layers" / layer for layer in image.layers)
+
+    def build(self, name: str, environment: Path, *, run: Runner | None = None) -> Image:
+        """Build an environment folder and give it a name for others to start FROM.
+
+        Raises:
+            TaskError: the Dockerfile is outside the subset, or its parent is not known.
+        """
+        image = self.image(environment, run=run)
+        _write_json(self._root / "names" / f"{name}.json", image)
+        return image
+
+    def image(self, environment: Path, *, run: Runner | None = None) -> Image:
+        """The image of an environment folder; built now if its content is new.
+
+        Raises:
+            TaskError: as `build`; or it says RUN and the caller gave nothing to run it with.
+        """
+        stamp = (environment / "Dockerfile").stat().st_mtime_ns if environment.is_dir() else 0
+        known = self._known.get(environment)
+        if known and known[0] == stamp:
+            return known[1]
+        dockerfile = parse(environment / "Dockerfile")
+        parent = self._parent(dockerfile, environment)
+        key = _key(parent, environment)
+        path = self._root / "built" / f"{key}.json"
+        if not path.exists():
+            with self._lock(key):
+                if not path.exists():
+                    image = self._build(key, parent, dockerfile, environment, run)
+                    _write_json(path, image)
+        found = _read_json(path)
+        self._known[environment] = (stamp, found)
+        return found
+
+    def _parent(self, dockerfile: Dockerfile, environment: Path) -> Image:
+        if dockerfile.parent == HOST:
+            return Image(HOST)
+        path = self._root / "names" / f"{dockerfile.parent}.json"
+        if not path.exists():
+            raise TaskError(
+                f"{environment}/Dockerfile: no image named {dockerfile.parent!r};"
+                f" known: {', '.join(self.names())}"
+            )
+        return _read_json(path)
+
+    def _build(
+        self,
+        key: str,
+        image: Image,
+        dockerfile: Dockerfile,
+        environment: Path,
+        run: Runner | None,
+    ) -> Image:
+        workdir, env, layers = image.workdir, dict(image.env), image.layers
+        with tempfile.TemporaryDirectory(dir=self._root, prefix="building-") as folder:
+            top = Path(folder) / "layer"
+            top.mkdir(mode=0o755)
+            for step in dockerfile.steps:
+                if step.verb == "WORKDIR":
+                    workdir = posixpath.join(workdir, step.arguments[0])
+                    _inside(top, workdir).mkdir(parents=True, exist_ok=True)
+                elif step.verb == "ENV":
+                    env |= dict(word.split("=", 1) for word in step.arguments)
+                elif step.verb == "COPY":
+                    _copy(step, environment, top, workdir)
+                else:
+                    if run is None:
+                        raise TaskError(
+                            f"{environment}/Dockerfile:{step.line}: RUN needs a sandbox backend;"
+                            " build this image through one"
+                        )
+                    layers = (self._keep(top, f"{key[:24]}-{step.line}"), *layers)
+                    top = Path(folder) / f"layer-{step.line}"
+                    _extract(run(Image(key, layers, env, workdir), step.arguments[0]), top)
+            layers = (self._keep(top, key), *layers)
+        return Image(key, layers, env, workdir)
+
+    def _keep(self, folder: Path, key: str) -> str:
+        target = self._root / "layers" / key
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+        return key
+
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        path = self._root / "built" / f".{key[:2]}.lock"
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _key(parent: Image, environment: Path) -> str:
+    digest = hashlib.sha256(parent.key.encode())
+    for path in sorted(environment.rglob("*")):
+        name = str(path.relative_to(environment))
+        mode = path.lstat().st_mode
+        digest.update(f"\0{name}\0{mode:o}\0".encode())
+        if path.is_symlink():
+            digest.update(os.readlink(path).encode())
+        elif path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:40]
+
+
+def _inside(top: Path, path: str) -> Path:
+    return top / posixpath.normpath(posixpath.join("/", path)).lstrip("/")
+
+
+def _copy(step: Step, environment: Path, top: Path, workdir: str) -> None:
+    *sources, destination = step.arguments
+    target = _inside(top, posixpath.join(workdir, destination))
+    into_folder = destination.endswith("/") or destination in {".", ".."} or len(sources) > 1
+    for source in sources:
+        path = environment / source
+        if not path.resolve().is_relative_to(environment.resolve()) or not path.exists():
+            raise TaskError(f"{environment}/Dockerfile:{step.line}: COPY: no {source!r} here")
+        if path.is_dir():
+            shutil.copytree(path, target, symlinks=True, dirs_exist_ok=True)
+            continue
+        file = target / path.name if into_folder else target
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, file, follow_symlinks=False)
+
+
+def _extract(archive: bytes, top: Path) -> None:
+    top.mkdir(mode=0o755)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            if member.pax_headers.get("KATCORE.deleted"):
+                path = _inside(top, member.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.mknod(path, 0o020000, os.makedev(0, 0))
+            else:
+                tar.extract(member, top, filter="tar")
+
+
+def _read_json(path: Path) -> Image:
+    content = json.loads(path.read_bytes())
+    return Image(content["key"], tuple(content["layers"]), content["env"], content["workdir"])
+
+
+def _write_json(path: Path, image: Image) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(image)))
+    temporary.replace(path)

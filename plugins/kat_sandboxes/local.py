@@ -1,0 +1,294 @@
+"""The `local` backend: Linux namespaces, no daemon.
+
+A sandbox is one process tree in its own pid, mount, network, ipc and uts namespaces (and user namespace,
+where the caller is not root), over a copy-on-write root in memory, without capabilities, behind a seccomp
+filter. It is forked from a warm server process, so opening one costs milliseconds. Where the machine cannot
+isolate, opening fails; nothing ever runs unisolated instead.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kat_sandboxes import host
+from kat_sandboxes.zygote import frame
+from katcore.config import home
+from katcore.errors import SandboxError, SandboxGoneError, SandboxTimeoutError, SandboxUnavailableError
+from katcore.protocols import Sandbox
+from katcore.sandbox.image import Image, ImageStore
+from katcore.schema.rollout import ExecResult
+from katcore.schema.task import SandboxSpec
+
+_START_TIMEOUT_S = 60.0
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.server import main; main()"
+
+
+class LocalConfig(BaseModel):
+    """Options of the local backend. `images`: the image store; by default in katcore's home."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: Path | None = None
+    max_open: int = 32
+
+
+class LocalSandbox:
+    """One open sandbox. Requests are served one at a time."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._lock = asyncio.Lock()
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def ready(self) -> None:
+        """Wait until the machine is set up."""
+        self._channel.setblocking(False)
+        self._reader, self._writer = await asyncio.open_connection(sock=self._channel)
+        head, _ = await self._receive(_START_TIMEOUT_S)
+        if "error" in head:
+            raise SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> ExecResult:
+        """See `Sandbox.exec`. Output beyond 1 MiB per stream is dropped, and the result says so."""
+        request = {"argv": list(argv), "cwd": cwd, "env": dict(env or {}), "timeout_s": timeout_s}
+        head, body = await self._ask("exec", request, timeout_s=timeout_s)
+        if head.get("error") == "timeout":
+            raise SandboxTimeoutError(f"{argv[0]}: ran past its {timeout_s:g} s; all is killed")
+        split = head["stdout"]
+        return ExecResult(head["code"], body[:split], body[split:], head["truncated"])
+
+    async def read(self, path: str) -> bytes:
+        """See `Sandbox.read`."""
+        return (await self._ask("read", {"path": path}))[1]
+
+    async def write(self, path: str, data: bytes) -> None:
+        """See `Sandbox.write`."""
+        await self._ask("write", {"path": path}, data)
+
+    async def changes(self) -> bytes:
+        """See `SupportsChanges`: a tar archive; deleted paths carry a pax header."""
+        return (await self._ask("changes", {}))[1]
+
+    async def apply(self, changes: bytes) -> None:
+        """See `SupportsChanges`."""
+        await self._ask("apply", {}, changes)
+
+    def close(self) -> None:
+        """Let go of the channel; the machine ends at its end of stream."""
+        if self._writer:
+            self._writer.transport.abort()
+        self._channel.close()
+
+    async def _ask(
+        self, do: str, head: dict[str, Any], body: bytes = b"", *, timeout_s: float = 60.0
+    ) -> tuple[dict[str, Any], bytes]:
+        if self._writer is None:
+            raise SandboxGoneError("the sandbox is not open")
+        async with self._lock:
+            try:
+                self._writer.write(frame.pack({"do": do, **head}, body))
+                await self._writer.drain()
+                reply = await self._receive(timeout_s + 30)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                raise SandboxGoneError(f"the sandbox died during {do}") from error
+        if reply[0].get("error") == "os":
+            raise OSError(reply[0]["errno"], reply[0]["reason"])
+        if reply[0].get("error") == "setup":
+            raise SandboxGoneError(f"the sandbox failed: {reply[0]['reason']}")
+        return reply
+
+    async def _receive(self, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+        assert self._reader
+        try:
+            async with asyncio.timeout(timeout_s):
+                lengths = frame.lengths(await self._reader.readexactly(frame.HEADER_BYTES))
+                head = json.loads(await self._reader.readexactly(lengths[0]))
+                return head, await self._reader.readexactly(lengths[1])
+        except TimeoutError as error:
+            raise SandboxGoneError(f"the sandbox did not answer within {timeout_s:g} s") from error
+        except asyncio.IncompleteReadError as error:
+            raise SandboxGoneError("the sandbox died") from error
+
+
+class LocalBackend:
+    """Opens sandboxes on this machine."""
+
+    def __init__(self, config: LocalConfig) -> None:
+        self._store = ImageStore((config.images or home() / "images").resolve())
+        self._images = (config.images or home() / "images").resolve()
+        self._slots = asyncio.Semaphore(config.max_open)
+        self._start_lock = asyncio.Lock()
+        self._end_lock = asyncio.Lock()
+        self._build_lock = asyncio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+        self._base = ""
+        self._ids = itertools.count()
+        self.limits = "none"
+
+    def open(self, spec: SandboxSpec) -> contextlib.AbstractAsyncContextManager[Sandbox]:
+        """See `SandboxBackend.open`."""
+        return self._open(spec)
+
+    async def close(self) -> None:
+        """End the server; the kernel ends all that it forked."""
+        if self._requests:
+            self._requests.close()
+            self._requests = None
+        if self._process:
+            try:
+                await asyncio.to_thread(self._process.wait, 10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    @asynccontextmanager
+    async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        async with self._slots:
+            await self._start()
+            image = await self._image(spec.environment)
+            async with self._machine(spec, image) as sandbox:
+                yield sandbox
+
+    @asynccontextmanager
+    async def _machine(self, spec: SandboxSpec, image: Image) -> AsyncIterator[LocalSandbox]:
+        identifier = next(self._ids)
+        mine, theirs = socket.socketpair()
+        layers = [*map(str, self._store.folders(image)), self._base]
+        request = {
+            "id": identifier,
+            "layers": layers,
+            "env": _environment() | image.env,
+            "workdir": image.workdir,
+            "memory_mib": spec.memory_mib,
+            "max_processes": spec.max_processes,
+            "disk_mib": spec.disk_mib,
+        }
+        sandbox = LocalSandbox(mine)
+        try:
+            with theirs:
+                self._send(json.dumps(request).encode(), [theirs.fileno()])
+            await sandbox.ready()
+            yield sandbox
+        finally:
+            sandbox.close()
+            await asyncio.shield(self._end(identifier))
+
+    async def _end(self, identifier: int) -> None:
+        async with self._end_lock:
+            if self._requests is None:
+                return
+            with contextlib.suppress(OSError):
+                self._requests.send(json.dumps({"id": identifier}).encode())
+                await asyncio.get_running_loop().sock_recv(self._requests, 1024)
+
+    def _send(self, data: bytes, descriptors: list[int]) -> None:
+        if self._requests is None:
+            raise SandboxGoneError("the backend is closed")
+        try:
+            socket.send_fds(self._requests, [data], descriptors)
+        except OSError as error:
+            raise SandboxError(f"the sandbox server is gone: {error}") from error
+
+    async def _image(self, environment: Path) -> Image:
+        loop = asyncio.get_running_loop()
+
+        def run(image: Image, command: str) -> bytes:
+            return asyncio.run_coroutine_threadsafe(self._run(image, command), loop).result()
+
+        async with self._build_lock:
+            return await asyncio.to_thread(self._store.image, environment, run=run)
+
+    async def _run(self, image: Image, command: str) -> bytes:
+        spec = SandboxSpec(Path(), memory_mib=2048, disk_mib=2048)
+        async with self._machine(spec, image) as sandbox:
+            result = await sandbox.exec(["bash", "-c", command], timeout_s=600)
+            if result.exit_code:
+                output = (result.stdout + result.stderr)[-500:].decode(errors="replace")
+                raise SandboxError(f"RUN {command!r} exited with {result.exit_code}: {output}")
+            return await sandbox.changes()
+
+    async def _start(self) -> None:
+        async with self._start_lock:
+            if self._process is None:
+                await asyncio.to_thread(self._launch)
+                assert self._requests
+                self._requests.setblocking(False)
+
+    def _launch(self) -> None:
+        if platform.system() != "Linux":
+            raise SandboxUnavailableError(
+                f"local sandboxes need Linux namespaces, and this is {platform.system()};"
+                " use a Linux machine or container"
+            )
+        self._base = str(self._images / "layers" / host.base_layer(self._images / "layers"))
+        requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        source = str(Path(__file__).resolve().parents[1])
+        with theirs:
+            self._process = subprocess.Popen(
+                [str(host.interpreter()), "-S", "-c", _BOOT, source],
+                stdin=theirs,
+                env={"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        requests.settimeout(_START_TIMEOUT_S)
+        requests.send(json.dumps(self._settings()).encode())
+        answer = json.loads(requests.recv(1 << 16) or b'{"error": "it ended at once"}')
+        if "error" in answer:
+            self._process.wait()
+            self._process = None
+            raise SandboxUnavailableError(
+                f"this machine cannot isolate sandboxes: {answer['error']}. Local sandboxes need root, or user"
+                " namespaces for ordinary users (sysctl kernel.unprivileged_userns_clone=1)"
+            )
+        self._requests = requests
+        self.limits = answer["limits"]
+
+    def _settings(self) -> dict[str, Any]:
+        tools = host.tools(self._images / "tools")
+        binds = {folder: folder for folder in host.shared_folders()}
+        binds |= {folder: str(tools / "empty") for folder in host.masked_folders()}
+        layers = str(self._images / "layers")
+        binds |= {host.TOOLS: str(tools), layers: layers}
+        root = self._images / "root"
+        root.mkdir(exist_ok=True)
+        return {
+            "name": f"katcore-{os.getpid()}",
+            "root": str(root),
+            "binds": binds,
+            "links": host.links(),
+            "shared": [*host.shared_folders(), host.TOOLS, "/dev"],
+            "interpreter": host.import_path(),
+            "overlay": ",userxattr" if os.geteuid() else "",
+        }
+
+
+def _environment() -> dict[str, str]:
+    folders = [f"{host.TOOLS}/bin", str(host.interpreter().parent), "/usr/local/bin", "/usr/bin", "/bin"]
+    return {
+        "PATH": ":".join(folders),
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }

@@ -1,0 +1,87 @@
+"""Limits of memory and processes: cgroups of either version, where this process may make them.
+
+Folders are recycled: making and removing one costs as much as the rest of a sandbox.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+_BASE = "/sys/fs/cgroup"
+PLACES = (_BASE,) if os.path.isdir(_BASE) else ()
+"""Folders that the process which manages groups has to see."""
+
+
+@dataclass
+class Groups:
+    """A stock of cgroups under one parent. `kind` is "v2", "v1" or "none"."""
+
+    kind: str
+    parents: dict[str, str] = field(default_factory=dict)
+    _free: list[str] = field(default_factory=list)
+    _limits: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _doors: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, name: str) -> "Groups":
+        """Make a parent group called `name`, or none where that is not allowed."""
+        if os.path.exists(f"{_BASE}/cgroup.controllers"):
+            parents, kind = {"memory": f"{_BASE}/{name}", "pids": f"{_BASE}/{name}"}, "v2"
+        else:
+            parents = {item: f"{_BASE}/{item}/{name}" for item in ("memory", "pids")}
+            kind = "v1"
+        try:
+            for parent in dict.fromkeys(parents.values()):
+                os.makedirs(parent, exist_ok=True)
+            if kind == "v2":
+                for folder in (_BASE, parents["memory"]):
+                    _write(f"{folder}/cgroup.subtree_control", "+memory +pids")
+        except OSError:
+            return cls("none")
+        return cls(kind, parents)
+
+    def take(self, memory_mib: int, max_processes: int) -> str:
+        """A group with these limits."""
+        if self.kind == "none":
+            return ""
+        name = self._free.pop() if self._free else self._make()
+        if self._limits.get(name) != (memory_mib, max_processes):
+            memory, pids = self.parents["memory"], self.parents["pids"]
+            limit = "memory.max" if self.kind == "v2" else "memory.limit_in_bytes"
+            _write(f"{memory}/{name}/{limit}", str(memory_mib << 20))
+            _write(f"{pids}/{name}/pids.max", str(max_processes))
+            self._limits[name] = (memory_mib, max_processes)
+        return name
+
+    def give_back(self, name: str) -> None:
+        """The sandbox in it is dead."""
+        if name:
+            self._free.append(name)
+
+    def join(self, name: str) -> None:
+        """Move this process into a group."""
+        for door in self._doors.get(name, ()):
+            os.write(door, b"0")
+        for doors in self._doors.values():
+            for door in doors:
+                os.close(door)
+
+    def remove(self) -> None:
+        """Remove all groups. What is still in use stays, for the next to find."""
+        for parent in dict.fromkeys(self.parents.values()):
+            for folder in [*(f"{parent}/{name}" for name in self._limits), parent]:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+    def _make(self) -> str:
+        name = str(len(self._doors))
+        folders = [f"{parent}/{name}" for parent in dict.fromkeys(self.parents.values())]
+        for folder in folders:
+            os.makedirs(folder, exist_ok=True)
+        self._doors[name] = [os.open(f"{folder}/cgroup.procs", os.O_WRONLY) for folder in folders]
+        return name
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)

@@ -1,0 +1,85 @@
+"""What was changed inside a sandbox, as a tar archive; and making the same changes elsewhere."""
+
+import contextlib
+import io
+import os
+import shutil
+import stat
+import tarfile
+from collections.abc import Iterator
+
+DELETED = "KATCORE.deleted"
+"""The pax header of an entry that stands for a path that is no longer there."""
+
+_SKIPPED = frozenset({"tmp", "proc", "dev", "run"})
+
+
+class Root:
+    """The writable (upper) and read-only (lower) folders beneath a sandbox's root."""
+
+    def __init__(self, upper: int, lowers: list[int]) -> None:
+        self._upper = upper
+        self._lowers = lowers
+
+    def close(self) -> None:
+        """For a child that is about to run foreign code."""
+        for descriptor in (self._upper, *self._lowers):
+            os.close(descriptor)
+
+    def changes(self) -> bytes:
+        """An archive of all changed and deleted paths outside /tmp, /run, /proc and /dev."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for path, is_deleted in self._changed(""):
+                if is_deleted:
+                    entry = tarfile.TarInfo(path)
+                    entry.pax_headers = {DELETED: "1"}
+                    tar.addfile(entry)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        tar.add(f"/{path}", path, recursive=False)
+        return buffer.getvalue()
+
+    def _changed(self, folder: str) -> Iterator[tuple[str, bool]]:
+        present = set(os.listdir(f"/{folder}"))
+        for name in sorted(self._beneath(folder) - present):
+            yield os.path.join(folder, name), True
+        for name in sorted(self._list(self._upper, folder)):
+            path = os.path.join(folder, name)
+            if name not in present or path in _SKIPPED:
+                continue
+            yield path, False
+            mode = os.stat(path, dir_fd=self._upper, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                yield from self._changed(path)
+
+    def _beneath(self, folder: str) -> set[str]:
+        return {name for lower in self._lowers for name in self._list(lower, folder)}
+
+    @staticmethod
+    def _list(root: int, folder: str) -> list[str]:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(folder or ".", flags, dir_fd=root)
+        except OSError:
+            return []
+        try:
+            return os.listdir(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def apply(archive: bytes) -> None:
+    """Make the changes of an archive to this root."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            path = f"/{member.name}"
+            is_folder = os.path.isdir(path) and not os.path.islink(path)
+            if not (member.isdir() and is_folder):
+                if is_folder:
+                    shutil.rmtree(path)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+            if DELETED not in member.pax_headers:
+                tar.extract(member, "/", filter="fully_trusted")

@@ -1,0 +1,231 @@
+"""Pid 1 of one sandbox: builds its root, gives up all privileges, then serves requests until end of stream.
+
+Nothing that runs in the sandbox can look into this process (it is not dumpable) or signal it (it is pid 1).
+"""
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from kat_sandboxes.zygote import files, frame, kernel, seccomp, warm
+
+OUTPUT_LIMIT = 1 << 20
+_FILTER = seccomp.program()
+
+
+def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
+    """Enter a private root over the spec's layers; returns descriptors of its upper and lower folders."""
+    options = f"size={spec['disk_mib']}m,mode=755"
+    kernel.mount("tmpfs", "/stage", "tmpfs", kernel.NO_SUID | kernel.NO_DEV, options)
+    os.chdir("/stage")
+    for folder in ("upper", "work", "root"):
+        os.mkdir(folder)
+    layers = spec["layers"]
+    options = f"lowerdir={':'.join(layers)},upperdir=upper,workdir=work"
+    kernel.mount("overlay", "root", "overlay", kernel.NO_SUID | kernel.NO_DEV, options + spec["overlay"])
+    for folder in spec["shared"]:
+        kernel.mount(folder, f"root{folder}", flags=kernel.BIND | kernel.RECURSIVE)
+    flags = kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC | kernel.READ_ONLY
+    kernel.mount("proc", "root/proc", "proc", flags)
+    upper = os.open("upper", os.O_PATH | os.O_DIRECTORY)
+    lowers = [os.open(layer, os.O_PATH | os.O_DIRECTORY) for layer in layers]
+    kernel.enter_root("root")
+    return upper, lowers
+
+
+def run(channel: socket.socket, spec: dict[str, Any]) -> None:
+    """The whole life of a sandbox. Never returns."""
+    try:
+        kernel.die_with_parent()
+        os.setsid()
+        socket.sethostname("sandbox")
+        upper, lowers = build_root(spec)
+        kernel.loopback_up()
+        listener = socket.create_server(("127.0.0.1", warm.PORT), backlog=64)
+        for name, limit in (("CORE", 0), ("NOFILE", 1024), ("FSIZE", spec["disk_mib"] << 20)):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+        kernel.drop_privileges()
+        kernel.set_dumpable(is_dumpable=False)
+        kernel.install_filter(_FILTER)
+        machine = Machine(channel, listener, spec, files.Root(upper, lowers))
+        channel.sendall(frame.pack({"ok": True}))
+        machine.serve()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
+        with contextlib.suppress(OSError):
+            channel.sendall(frame.pack({"error": "setup", "reason": repr(error)}))
+    os._exit(0)
+
+
+@dataclass
+class _Command:
+    """One running command and what it said so far."""
+
+    pid: int
+    pipes: dict[int, int]
+    deadline: float
+    output: dict[int, bytearray] = field(default_factory=lambda: {1: bytearray(), 2: bytearray()})
+    is_truncated: bool = False
+
+    def drain(self, pipe: int) -> None:
+        """Take what is in a pipe; at its end, forget it."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data = os.read(pipe, 1 << 16)
+                if not data:
+                    os.close(pipe)
+                    del self.pipes[pipe]
+                    return
+                kept = self.output[self.pipes[pipe]]
+                room = OUTPUT_LIMIT - len(kept)
+                self.is_truncated |= len(data) > room
+                kept += data[:room]
+
+
+class Machine:
+    """Serves one request at a time; between and meanwhile, Python commands from inside."""
+
+    def __init__(
+        self, channel: socket.socket, listener: socket.socket, spec: dict[str, Any], root: files.Root
+    ) -> None:
+        self._channel = channel
+        self._env: dict[str, str] = spec["env"]
+        self._workdir: str = spec["workdir"]
+        self._root = root
+        self._command: _Command | None = None
+        self._python = warm.Python(listener, (channel, root), tuple(spec["interpreter"]))
+        self._wake, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Until the other end closes."""
+        while True:
+            command = self._command
+            watched: list[Any] = [self._wake, *self._python.watched()]
+            watched += list(command.pipes) if command else [self._channel]
+            timeout = max(0.0, command.deadline - time.monotonic()) if command else None
+            ready = select.select(watched, (), (), timeout)[0]
+            if self._wake in ready:
+                os.read(self._wake, 4096)
+            if command:
+                for pipe in [pipe for pipe in command.pipes if pipe in ready]:
+                    command.drain(pipe)
+            for item in ready:
+                if isinstance(item, socket.socket) and item is not self._channel:
+                    self._python.handle(item)
+            self._reap()
+            if self._command and time.monotonic() >= self._command.deadline:
+                self._end(timed_out=True)
+            if self._channel in ready and not self._request():
+                return
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                code = os.waitstatus_to_exitcode(status)
+                code = code if code >= 0 else 128 - code
+                self._python.exited(pid, code)
+                if self._command and pid == self._command.pid:
+                    self._end(code=code)
+
+    def _end(self, *, code: int = 0, timed_out: bool = False) -> None:
+        command, self._command = self._command, None
+        assert command
+        if timed_out:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)
+        for pipe in list(command.pipes):
+            command.drain(pipe)
+        for pipe in command.pipes:
+            os.close(pipe)
+        head: dict[str, Any] = {"error": "timeout"} if timed_out else {"code": code}
+        stdout, stderr = bytes(command.output[1]), bytes(command.output[2])
+        head |= {"stdout": len(stdout), "truncated": command.is_truncated}
+        self._channel.sendall(frame.pack(head, stdout + stderr))
+
+    def _request(self) -> bool:
+        message = frame.receive(self._channel)
+        if message is None:
+            return False
+        head, body = message
+        try:
+            reply = getattr(self, f"_do_{head['do']}")(head, body)
+        except OSError as error:
+            reply = frame.pack({"error": "os", "errno": error.errno, "reason": str(error)})
+        if reply:
+            self._channel.sendall(reply)
+        return True
+
+    def _do_exec(self, head: dict[str, Any], body: bytes) -> bytes:
+        if self._python.is_stale:
+            self._python.restart()
+        pipes = {}
+        ends = []
+        for number in (1, 2):
+            mine, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            os.set_blocking(theirs, True)
+            pipes[mine] = number
+            ends.append(theirs)
+        env = self._env | head["env"]
+        try:
+            process = subprocess.Popen(  # noqa: S603
+                head["argv"],
+                cwd=head["cwd"] or self._workdir,
+                env=env,
+                executable=_which(head["argv"][0], env),
+                stdin=subprocess.DEVNULL,
+                stdout=ends[0],
+                stderr=ends[1],
+                start_new_session=True,
+            )
+        except OSError as error:
+            for pipe in pipes:
+                os.close(pipe)
+            reason = f"{head['argv'][0]}: {error.strerror}\n".encode()
+            missing = {"code": 127, "stdout": 0, "truncated": False}
+            return frame.pack(missing, reason)
+        finally:
+            for end in ends:
+                os.close(end)
+        process.returncode = 0  # reaped by this loop, not by subprocess
+        self._command = _Command(process.pid, pipes, time.monotonic() + head["timeout_s"])
+        return b""
+
+    def _do_read(self, head: dict[str, Any], body: bytes) -> bytes:
+        with open(head["path"], "rb") as file:
+            return frame.pack({"ok": True}, file.read())
+
+    def _do_write(self, head: dict[str, Any], body: bytes) -> bytes:
+        os.makedirs(os.path.dirname(head["path"]) or "/", exist_ok=True)
+        with open(head["path"], "wb") as file:
+            file.write(body)
+        return frame.pack({"ok": True})
+
+    def _do_changes(self, head: dict[str, Any], body: bytes) -> bytes:
+        return frame.pack({"ok": True}, self._root.changes())
+
+    def _do_apply(self, head: dict[str, Any], body: bytes) -> bytes:
+        files.apply(body)
+        return frame.pack({"ok": True})
+
+
+def _which(program: str, env: dict[str, str]) -> str:
+    if "/" in program:
+        return program
+    for folder in env.get("PATH", "/usr/bin:/bin").split(":"):
+        path = os.path.join(folder, program)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return program
+
+

@@ -1,0 +1,125 @@
+"""The process that forks sandboxes. One per backend; it dies with the backend, and all sandboxes with it."""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from kat_sandboxes.zygote import cgroups, frame, kernel, machine, warm
+
+_NAMESPACES = kernel.NEW_NS | kernel.NEW_PID | kernel.NEW_UTS | kernel.NEW_IPC | kernel.NEW_NET
+
+
+def main() -> None:
+    """Serve requests that arrive on file descriptor 0."""
+    requests = socket.socket(fileno=os.dup(0))
+    settings = json.loads(requests.recv(1 << 16) or b"{}")
+    kernel.die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        groups = cgroups.Groups.find(settings["name"])
+        enter(settings)
+        preload(settings["interpreter"])
+    except OSError as error:
+        requests.send(json.dumps({"error": str(error)}).encode())
+        return
+    kernel.become_subreaper()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    requests.send(json.dumps({"limits": groups.kind}).encode())
+    with contextlib.suppress(ConnectionError):
+        Server(requests, settings, groups).serve()
+    groups.remove()
+
+
+def enter(settings: dict[str, Any]) -> None:
+    """Enter a mount namespace that shows what sandboxes share, and nothing else of the machine."""
+    uid, gid = os.geteuid(), os.getegid()
+    kernel.unshare(kernel.NEW_NS | (kernel.NEW_USER if uid else 0))
+    if uid:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    kernel.mount("none", "/", flags=kernel.RECURSIVE | kernel.PRIVATE)
+    base = settings["root"]
+    kernel.mount("tmpfs", base, "tmpfs", kernel.NO_SUID, "size=1m,mode=755")
+    for folder in ("stage", "dev", "proc", *settings["binds"]):
+        os.makedirs(base + "/" + folder.lstrip("/"), exist_ok=True)
+    for link, target in settings["links"].items():
+        os.symlink(target, base + link)
+    kernel.mount("tmpfs", f"{base}/dev", "tmpfs", kernel.NO_SUID | kernel.NO_EXEC, "size=64k,mode=755")
+    for name in ("null", "zero", "full", "random", "urandom"):
+        with open(f"{base}/dev/{name}", "w"):
+            pass
+        kernel.mount(f"/dev/{name}", f"{base}/dev/{name}", flags=kernel.BIND)
+    for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("shm", "/tmp"),
+                         ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):  # fmt: skip
+        os.symlink(target, f"{base}/dev/{name}")
+    kernel.mount("none", f"{base}/dev", flags=kernel.BIND | kernel.REMOUNT | kernel.READ_ONLY)
+    for target, source in settings["binds"].items():
+        kernel.bind(source, base + target, read_only=True)
+    for folder in ("/proc", *cgroups.PLACES):
+        os.makedirs(base + folder, exist_ok=True)
+        kernel.bind(folder, base + folder, read_only=False)
+    kernel.enter_root(base)
+
+
+def preload(path: list[str]) -> None:
+    """Import what sandboxed Python will want, from where sandboxes have it."""
+    sys.path[:] = path
+    for name in warm.PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+class Server:
+    """Opens a sandbox per request, and ends it when told."""
+
+    def __init__(self, requests: socket.socket, settings: dict[str, Any], groups: cgroups.Groups) -> None:
+        self._requests = requests
+        self._settings = settings
+        self._groups = groups
+        self._open: dict[int, tuple[int, str]] = {}
+
+    def serve(self) -> None:
+        """Until the backend closes."""
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._requests, 1 << 16, 1)
+            if not data:
+                return
+            request = json.loads(data)
+            if descriptors:
+                self._make(request, socket.socket(fileno=descriptors[0]))
+            else:
+                self._end(request["id"])
+                self._requests.send(b"{}")
+
+    def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
+        spec = request | {key: self._settings[key] for key in ("shared", "interpreter", "overlay")}
+        group = self._groups.take(request["memory_mib"], request["max_processes"])
+        try:
+            pid = kernel.fork_into(_NAMESPACES)
+        except OSError as error:
+            channel.sendall(frame.pack({"error": "setup", "reason": str(error)}))
+            self._groups.give_back(group)
+        else:
+            if pid == 0:
+                self._requests.close()
+                self._groups.join(group)
+                machine.run(channel, spec)
+            self._open[request["id"]] = (pid, group)
+        channel.close()
+
+    def _end(self, identifier: int) -> None:
+        pid, group = self._open.pop(identifier, (0, ""))
+        if pid:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            self._groups.give_back(group)
