@@ -52,7 +52,9 @@ def shared_folders() -> list[str]:
 
 def links() -> dict[str, str]:
     """Top-level symlinks such as /bin -> usr/bin."""
-    return {f"/{name}": os.readlink(f"/{name}") for name in _top_level() if os.path.islink(f"/{name}")}
+    return {
+        f"/{name}": os.readlink(f"/{name}") for name in _top_level() if os.path.islink(f"/{name}")
+    }
 
 
 def masked_folders() -> list[str]:
@@ -81,7 +83,9 @@ def tools(root: Path) -> Path:
 
 
 def _top_level() -> list[str]:
-    return [name for name in ("bin", "sbin", "lib", "lib32", "lib64") if os.path.lexists(f"/{name}")]
+    return [
+        name for name in ("bin", "sbin", "lib", "lib32", "lib64") if os.path.lexists(f"/{name}")
+    ]
 
 
 def _once(root: Path, name: str, content: str, write: object) -> str:

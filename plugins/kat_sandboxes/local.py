@@ -24,7 +24,12 @@ from pydantic import BaseModel, ConfigDict
 from kat_sandboxes import host
 from kat_sandboxes.zygote import frame
 from katcore.config import home
-from katcore.errors import SandboxError, SandboxGoneError, SandboxTimeoutError, SandboxUnavailableError
+from katcore.errors import (
+    SandboxError,
+    SandboxGoneError,
+    SandboxTimeoutError,
+    SandboxUnavailableError,
+)
 from katcore.protocols import Sandbox
 from katcore.sandbox.image import Image, ImageStore
 from katcore.schema.rollout import ExecResult
@@ -247,7 +252,7 @@ class LocalBackend:
         with theirs:
             self._process = subprocess.Popen(
                 [str(host.interpreter()), "-S", "-c", _BOOT, source],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
@@ -258,8 +263,8 @@ class LocalBackend:
             self._process.wait()
             self._process = None
             raise SandboxUnavailableError(
-                f"this machine cannot isolate sandboxes: {answer['error']}. Local sandboxes need root, or user"
-                " namespaces for ordinary users (sysctl kernel.unprivileged_userns_clone=1)"
+                f"this machine cannot isolate sandboxes: {answer['error']}. Local sandboxes need root, or"
+                " user namespaces for ordinary users (sysctl kernel.unprivileged_userns_clone=1)"
             )
         self._requests = requests
         self.limits = answer["limits"]
@@ -284,7 +289,13 @@ class LocalBackend:
 
 
 def _environment() -> dict[str, str]:
-    folders = [f"{host.TOOLS}/bin", str(host.interpreter().parent), "/usr/local/bin", "/usr/bin", "/bin"]
+    folders = [
+        f"{host.TOOLS}/bin",
+        str(host.interpreter().parent),
+        "/usr/local/bin",
+        "/usr/bin",
+        "/bin",
+    ]
     return {
         "PATH": ":".join(folders),
         "HOME": "/root",

@@ -33,7 +33,7 @@ def _check(result: int, what: str) -> int:
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """mount(2)."""
+    """Mount a file system; see mount(2)."""
     result = _libc.mount(
         source.encode(),
         target.encode(),
@@ -60,7 +60,7 @@ def enter_root(folder: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2)."""
+    """Leave the parent's namespaces; see unshare(2)."""
     _check(_libc.unshare(flags), "unshare")
 
 

@@ -29,7 +29,9 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
         os.mkdir(folder)
     layers = spec["layers"]
     options = f"lowerdir={':'.join(layers)},upperdir=upper,workdir=work"
-    kernel.mount("overlay", "root", "overlay", kernel.NO_SUID | kernel.NO_DEV, options + spec["overlay"])
+    kernel.mount(
+        "overlay", "root", "overlay", kernel.NO_SUID | kernel.NO_DEV, options + spec["overlay"]
+    )
     for folder in spec["shared"]:
         kernel.mount(folder, f"root{folder}", flags=kernel.BIND | kernel.RECURSIVE)
     flags = kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC | kernel.READ_ONLY
@@ -92,7 +94,11 @@ class Machine:
     """Serves one request at a time; between and meanwhile, Python commands from inside."""
 
     def __init__(
-        self, channel: socket.socket, listener: socket.socket, spec: dict[str, Any], root: files.Root
+        self,
+        channel: socket.socket,
+        listener: socket.socket,
+        spec: dict[str, Any],
+        root: files.Root,
     ) -> None:
         self._channel = channel
         self._env: dict[str, str] = spec["env"]
@@ -167,8 +173,6 @@ class Machine:
         return True
 
     def _do_exec(self, head: dict[str, Any], body: bytes) -> bytes:
-        if self._python.is_stale:
-            self._python.restart()
         pipes = {}
         ends = []
         for number in (1, 2):
@@ -178,7 +182,7 @@ class Machine:
             ends.append(theirs)
         env = self._env | head["env"]
         try:
-            process = subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(
                 head["argv"],
                 cwd=head["cwd"] or self._workdir,
                 env=env,
@@ -227,5 +231,3 @@ def _which(program: str, env: dict[str, str]) -> str:
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return program
-
-

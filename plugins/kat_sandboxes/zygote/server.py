@@ -43,7 +43,11 @@ def enter(settings: dict[str, Any]) -> None:
     uid, gid = os.geteuid(), os.getegid()
     kernel.unshare(kernel.NEW_NS | (kernel.NEW_USER if uid else 0))
     if uid:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     kernel.mount("none", "/", flags=kernel.RECURSIVE | kernel.PRIVATE)
@@ -53,7 +57,9 @@ def enter(settings: dict[str, Any]) -> None:
         os.makedirs(base + "/" + folder.lstrip("/"), exist_ok=True)
     for link, target in settings["links"].items():
         os.symlink(target, base + link)
-    kernel.mount("tmpfs", f"{base}/dev", "tmpfs", kernel.NO_SUID | kernel.NO_EXEC, "size=64k,mode=755")
+    kernel.mount(
+        "tmpfs", f"{base}/dev", "tmpfs", kernel.NO_SUID | kernel.NO_EXEC, "size=64k,mode=755"
+    )
     for name in ("null", "zero", "full", "random", "urandom"):
         with open(f"{base}/dev/{name}", "w"):
             pass
@@ -81,7 +87,9 @@ def preload(path: list[str]) -> None:
 class Server:
     """Opens a sandbox per request, and ends it when told."""
 
-    def __init__(self, requests: socket.socket, settings: dict[str, Any], groups: cgroups.Groups) -> None:
+    def __init__(
+        self, requests: socket.socket, settings: dict[str, Any], groups: cgroups.Groups
+    ) -> None:
         self._requests = requests
         self._settings = settings
         self._groups = groups

@@ -28,7 +28,7 @@ PORT = 7
 CLIENT = f"""#!/bin/bash
 if ! exec 9<>/dev/tcp/127.0.0.1/{PORT}; then exec %s "$@"; fi 2>/dev/null
 printf '%%s\\0' "$$" "$#" "$@" >&9
-read -r code <&9
+read -r -u 9 code
 [ "$code" = exec ] && exec 9>&- && exec %s "$@"
 exit "${{code:-137}}"
 """
@@ -121,7 +121,9 @@ class Python:
             return
         pid = os.fork()
         if pid == 0:
-            _become(caller, arguments, self._path, [*self._private, self._listener, *self.watched()])
+            _become(
+                caller, arguments, self._path, [*self._private, self._listener, *self.watched()]
+            )
         self._running[pid] = client
 
 
@@ -146,7 +148,8 @@ def _become(caller: int, arguments: list[str], path: list[str], private: list[Cl
         sys.stdin = open(0, encoding="utf-8", closefd=False)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-        sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+        for name in ("stdin", "stdout", "stderr"):
+            setattr(sys, f"__{name}__", getattr(sys, name))
         sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(":")), *path]
         random.seed()
         gc.enable()
@@ -172,9 +175,9 @@ def _run(arguments: list[str]) -> int:
         return 1
     except BaseException as error:  # noqa: BLE001 - as the interpreter itself does
         trace = error.__traceback__
-        for _ in range(3):
+        for _ in range(2):
             trace = trace.tb_next if trace else None
-        sys.excepthook(type(error), error, trace)
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         return 1
     return 0
 
@@ -207,7 +210,7 @@ def _source(path: str) -> str:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        message = f"python3: can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] {error.strerror}"
-        sys.stderr.write(message + "\n")
+        why = f"[Errno {error.errno}] {error.strerror}"
+        sys.stderr.write(f"python3: can't open file {os.path.abspath(path)!r}: {why}\n")
         raise SystemExit(2) from None
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()

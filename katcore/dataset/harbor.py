@@ -1,0 +1,171 @@
+"""Tasks in Harbor's directory format, written and read.
+
+    <task id>/task.toml          [metadata] id, domain, group, split, [metadata.traits]; limits
+    <task id>/instruction.md     the prompt
+    <task id>/environment/       Dockerfile and files: what the agent's sandbox is made from
+    <task id>/tests/test.sh      the verifier's; never in the agent's sandbox
+    <task id>/solution/          solve.sh, and demonstrations.json: the oracle's ways to solve it
+
+Upstream format: https://harborframework.com/docs/tasks.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from katcore.errors import TaskError
+from katcore.schema.expert import Demonstration
+from katcore.schema.task import SandboxSpec, Task
+
+SPLITS = ("train", "held-out")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A task about to be written. File contents by relative path; `Dockerfile` among `environment`."""
+
+    id: str
+    domain: str
+    prompt: str
+    environment: Mapping[str, bytes]
+    tests: Mapping[str, bytes]
+    demonstrations: Sequence[tuple[str, Sequence[str]]]
+    group: str = ""
+    traits: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    memory_mib: int = 512
+
+
+def write_task(root: Path, split: str, draft: Draft) -> Path:
+    """Write one task directory under `root/split`; returns it.
+
+    Raises:
+        TaskError: unknown split, no `test.sh`, no Dockerfile, or the directory exists already.
+    """
+    if split not in SPLITS:
+        raise TaskError(f"{draft.id}: no split {split!r}; choose one of: {', '.join(SPLITS)}")
+    for folder, name, files in (
+        ("environment", "Dockerfile", draft.environment),
+        ("tests", "test.sh", draft.tests),
+    ):
+        if name not in files:
+            raise TaskError(f"{draft.id}: {folder}/ needs a {name}")
+    directory = root / split / draft.id
+    if directory.exists():
+        raise TaskError(f"{directory}: two tasks of one id")
+    solve = "\n".join(draft.demonstrations[0][1][:-1]) if draft.demonstrations else ""
+    ways = [{"style": style, "turns": list(turns)} for style, turns in draft.demonstrations]
+    solution = {
+        "solve.sh": f"#!/bin/bash\n{solve}\n".encode(),
+        "demonstrations.json": json.dumps(ways).encode(),
+    }
+    for folder, files in (
+        ("environment", draft.environment),
+        ("tests", draft.tests),
+        ("solution", solution),
+    ):
+        for name, data in files.items():
+            path = directory / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    (directory / "instruction.md").write_text(draft.prompt)
+    (directory / "task.toml").write_text(_toml(split, draft))
+    return directory
+
+
+def _toml(split: str, draft: Draft) -> str:
+    quote = json.dumps
+    lines = [
+        'version = "1.0"',
+        "[metadata]",
+        *(
+            f"{key} = {quote(value)}"
+            for key, value in (
+                ("id", draft.id),
+                ("domain", draft.domain),
+                ("group", draft.group),
+                ("split", split),
+            )
+        ),
+        "[metadata.traits]",
+        *(f"{quote(key)} = {quote(value)}" for key, value in sorted(draft.traits.items())),
+        "[agent]",
+        f"timeout_sec = {draft.timeout_s}",
+        "[environment]",
+        f"memory_mb = {draft.memory_mib}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read_task(directory: Path) -> Task:
+    """The task of a directory.
+
+    Raises:
+        TaskError: a file is missing or malformed; says which.
+    """
+    for name in ("task.toml", "instruction.md", "environment/Dockerfile", "tests/test.sh"):
+        if not (directory / name).is_file():
+            raise TaskError(f"{directory}: not a task directory: no {name}")
+    try:
+        content: dict[str, Any] = tomllib.loads((directory / "task.toml").read_text())
+        metadata = content.get("metadata", {})
+        return Task(
+            id=str(metadata.get("id", directory.name)),
+            domain=str(metadata.get("domain", metadata.get("category", ""))),
+            prompt=(directory / "instruction.md").read_text(),
+            directory=directory,
+            sandbox=SandboxSpec(
+                directory / "environment",
+                memory_mib=int(content.get("environment", {}).get("memory_mb", 512)),
+            ),
+            group=str(metadata.get("group", "")),
+            split=str(metadata.get("split", "train")),
+            timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
+            traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
+        )
+    except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        raise TaskError(f"{directory}/task.toml: {error}") from error
+
+
+def demonstrations(task: Task) -> list[Demonstration]:
+    """The oracle's ways to solve a task; empty if it came without."""
+    path = task.directory / "solution" / "demonstrations.json"
+    if not path.exists():
+        return []
+    return [
+        Demonstration(task.id, item["style"], tuple(item["turns"]))
+        for item in json.loads(path.read_bytes())
+    ]
+
+
+class HarborConfig(BaseModel):
+    """Options of the Harbor dataset: a folder with `train/` and `held-out/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    root: Path
+
+
+class HarborDataset:
+    """The tasks of a folder `root/<split>/<task id>/`, in order of their ids."""
+
+    def __init__(self, config: HarborConfig) -> None:
+        self._root = config.root
+
+    def tasks(self, split: str) -> Iterator[Task]:
+        """See `Dataset.tasks`.
+
+        Raises:
+            TaskError: no such split, or a directory in it is not a task.
+        """
+        folder = self._root / split
+        if not folder.is_dir():
+            found = ", ".join(sorted(p.name for p in self._root.glob("*/"))) or "nothing"
+            raise TaskError(f"{self._root}: no split {split!r}; found: {found}")
+        for directory in sorted(folder.iterdir()):
+            yield read_task(directory)
