@@ -33,7 +33,7 @@ def _check(result: int, what: str) -> int:
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """Mount a file system; see mount(2)."""
+    """Mount a file system, as mount of section 2 of the manual."""
     result = _libc.mount(
         source.encode(),
         target.encode(),
@@ -60,7 +60,7 @@ def enter_root(folder: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the parent's namespaces; see unshare(2)."""
+    """Leave the namespaces shared with the parent."""
     _check(_libc.unshare(flags), "unshare")
 
 
