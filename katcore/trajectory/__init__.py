@@ -1,1 +1,1 @@
-"""The model-call log, the trajectory tree, and their audit."""
+"""Trajectories: the call log, the tree it gives, and the formats that are pure functions of it."""

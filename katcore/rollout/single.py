@@ -1,0 +1,149 @@
+"""One task, once: sandbox, agent, changes, fresh sandbox, verdict. Failures say whose fault they were."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from katcore.errors import (
+    EngineError,
+    InfrastructureError,
+    ProxyError,
+    SandboxError,
+    ScaffoldError,
+    VerifierError,
+)
+from katcore.protocols import (
+    Engine,
+    SandboxBackend,
+    Scaffold,
+    SupportsChanges,
+    Verifier,
+)
+from katcore.proxy.server import Proxy
+from katcore.proxy.session import Budget, Session, SessionSpec
+from katcore.schema.call import Sampling
+from katcore.schema.rollout import ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
+from katcore.schema.task import Task
+from katcore.trajectory.tree import build_trajectory
+
+_FAULTS: tuple[tuple[type[InfrastructureError], Outcome], ...] = (
+    (EngineError, Outcome.ENGINE_FAILED),
+    (ProxyError, Outcome.ENGINE_FAILED),
+    (SandboxError, Outcome.SANDBOX_FAILED),
+    (ScaffoldError, Outcome.SCAFFOLD_FAILED),
+    (VerifierError, Outcome.VERIFIER_FAILED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all rollouts of one collection share."""
+
+    proxy: Proxy
+    backend: SandboxBackend
+    scaffold: Scaffold
+    verifier: Verifier
+    sampling: Sampling
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One rollout to be made. `label` goes into its id: "rl-12", "demo-careful"."""
+
+    task: Task
+    engine: Engine
+    number: int = 0
+    label: str = ""
+
+
+@dataclass(slots=True)
+class _Progress:
+    phase: str = "open"
+    exit_reason: str = ""
+    verdict: Verdict = field(default_factory=lambda: Verdict(None))
+    seconds: dict[str, float] = field(default_factory=dict)
+    since: float = field(default_factory=time.perf_counter)
+
+    def enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.phase] = round(now - self.since, 4)
+        self.phase, self.since = phase, now
+
+
+async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollout:
+    """Run it to its end. Only cancellation leaves this function as an exception."""
+    spec = SessionSpec(rollout_id, attempt.engine, parts.sampling, parts.budget)
+    session, endpoint = parts.proxy.open(spec)
+    progress = _Progress()
+    outcome, reason = Outcome.SCORED, ""
+    try:
+        changes = await _work(attempt.task, endpoint, parts, progress)
+        parts.proxy.close(session)
+        if session.failure:
+            raise session.failure
+        progress.enter("verify")
+        await _judge(attempt.task, changes, _trajectory(session), parts, progress)
+        progress.enter("end")
+    except Exception as error:  # noqa: BLE001 - the one boundary where a failure becomes data
+        outcome, reason = _blame(session.failure or error, progress.phase)
+        progress.verdict = Verdict(None)
+    finally:
+        parts.proxy.close(session)
+    task = attempt.task
+    return Rollout(
+        rollout_id,
+        task.id,
+        task.domain,
+        task.group,
+        attempt.number,
+        outcome,
+        _trajectory(session),
+        progress.verdict,
+        progress.exit_reason,
+        reason,
+        progress.seconds,
+    )
+
+
+async def _work(task: Task, endpoint: ModelEndpoint, parts: Parts, progress: _Progress) -> bytes:
+    async with parts.backend.open(task.sandbox) as sandbox:
+        if not isinstance(sandbox, SupportsChanges):
+            raise SandboxError(
+                "this sandbox cannot say what was changed; it cannot be judged afresh"
+            )
+        progress.enter("agent")
+        try:
+            async with asyncio.timeout(task.timeout_s):
+                result = await parts.scaffold.run(task.prompt, sandbox, endpoint)
+            progress.exit_reason = result.stderr.decode(errors="replace")[-200:]
+        except TimeoutError:
+            progress.exit_reason = "time"
+        progress.enter("changes")
+        return await sandbox.changes()
+
+
+async def _judge(
+    task: Task, changes: bytes, trajectory: Trajectory, parts: Parts, progress: _Progress
+) -> None:
+    async with parts.backend.open(task.sandbox) as sandbox:
+        if isinstance(sandbox, SupportsChanges):
+            await sandbox.apply(changes)
+        verdict = await parts.verifier.verify(task, sandbox, trajectory)
+    if verdict.reward is None:
+        raise VerifierError(f"{task.id}: the verifier gave no reward: {verdict.reason}")
+    progress.verdict = verdict
+
+
+def _trajectory(session: Session) -> Trajectory:
+    return build_trajectory(session.spec.session_id, session.calls)
+
+
+def _blame(error: Exception, phase: str) -> tuple[Outcome, str]:
+    reason = f"{phase}: {type(error).__name__}: {error}"
+    for kind, outcome in _FAULTS:
+        if isinstance(error, kind):
+            is_judging = phase == "verify" and outcome is Outcome.SANDBOX_FAILED
+            return (Outcome.VERIFIER_FAILED if is_judging else outcome), reason
+    by_phase = {"agent": Outcome.SCAFFOLD_FAILED, "verify": Outcome.VERIFIER_FAILED}
+    return by_phase.get(phase, Outcome.SANDBOX_FAILED), reason

@@ -1,0 +1,90 @@
+"""The policy: a causal language model in a Hugging Face folder, its weights and its log-probabilities.
+
+Initialisation departs from the Hugging Face default: at a width of 128 a standard deviation of 0.02
+learns next to nothing, so linear layers start at 1/sqrt(fan_in), layers that write to the residual
+stream at 1/sqrt(2 L fan_in), and embeddings at 1.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from katcore.config import ModelSettings
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def new_policy(settings: ModelSettings, *, vocabulary: int, end_id: int, seed: int) -> Any:
+    """A Llama with fresh weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.Linear):
+            std = module.in_features**-0.5
+            if name.endswith(("o_proj", "down_proj")):
+                std /= (2 * settings.layers) ** 0.5
+            nn.init.normal_(module.weight, std=std)
+    return model
+
+
+def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a folder, for training or sampling with the dense-mask attention."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
+
+
+def save_policy(model: Any, folder: Path, *, tokenizer: Path) -> None:
+    """Write a folder that `load_policy` and vLLM read; tokenizer files are copied from `tokenizer`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer / name).exists() and tokenizer != folder:
+            shutil.copy2(tokenizer / name, folder / name)
+
+
+def logits_at(
+    model: Any, ids_BT: Tensor, positions_BT: Tensor, mask_BTT: Tensor, at_N: Tensor
+) -> Tensor:
+    """Logits at N flat positions (b * T + t) only: the vocabulary projection is the dear part.
+
+    `mask_BTT[b, q, k]` is True where token q sees token k. Returns (N, V), float32.
+    """
+    hidden_BTD = model.model(
+        input_ids=ids_BT,
+        position_ids=positions_BT,
+        attention_mask=additive(mask_BTT[:, None], model.dtype),
+        use_cache=False,
+    ).last_hidden_state
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N]
+    return model.lm_head(hidden_ND).float()  # type: ignore[no-any-return]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to attention scores: 0 where True, the lowest number elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
