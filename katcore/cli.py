@@ -1,5 +1,150 @@
 """The command line: `kat <verb>`."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from katcore.config import Preset, load_preset, preset_names
+from katcore.errors import KatError
+from katcore.plugin import Plugins
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Specialize experts on feedback from real sandboxes, then unify them into one model.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+PresetName = Annotated[
+    str, typer.Option("--preset", help=f"{', '.join(preset_names())}, or a YAML file.")
+]
+Experts = Annotated[str, typer.Option(help="Experts of the run, joined by commas; all if empty.")]
+Seed = Annotated[int, typer.Option(help="Seed of data, training and sampling.")]
+Expert = Annotated[str, typer.Option(help="The expert of this stage; empty: the unified model.")]
+
+
+@contextmanager
+def _errors_said() -> Iterator[None]:
+    try:
+        yield
+    except KatError as error:
+        _err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        _err.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from stop
+
+
+def _plan(preset: str, experts: str, seed: int) -> tuple[Any, Preset, Plugins]:
+    from katcore.pipeline.plan import build_plan
+
+    settings, plugins = load_preset(preset), Plugins.installed()
+    names = [name.strip() for name in experts.split(",") if name.strip()]
+    return build_plan(settings, plugins, experts=names, seed=seed), settings, plugins
+
+
+def _stage_command(stage: str, summary: str) -> Callable[..., None]:
+    def command(
+        preset: PresetName = "nano", expert: Expert = "", experts: Experts = "", seed: Seed = 0
+    ) -> None:
+        from katcore.pipeline.plan import UNIFIED
+        from katcore.pipeline.stage import run_stage
+
+        with _errors_said():
+            plan, _, plugins = _plan(preset, experts, seed)
+            name = stage if stage == "base" else f"{expert or UNIFIED}.{stage}"
+            done = run_stage(plan, name, plugins)
+            _err.print(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
+            typer.echo(done.path.as_uri())
+
+    command.__doc__ = summary
+    return command
+
+
+_STAGES = {
+    "base": "Make the model that every expert and the student start from.",
+    "synthesize": "Make an expert's tasks.",
+    "collect": "Replay demonstrations through sandbox, proxy and verifier.",
+    "sft": "Fine-tune on verified demonstrations.",
+    "rl": "Reinforce an expert on its own rollouts.",
+    "distill": "Fuse the experts into the student, on its own rollouts.",
+    "evaluate": "Measure pass rates on held-out tasks.",
+    "gate": "Judge the whole run.",
+    "register": "Make a version in the model registry.",
+}
+for _name, _summary in _STAGES.items():
+    app.command(_name, help=_summary, rich_help_panel="Stages")(_stage_command(_name, _summary))
+
+
+@app.command()
+def pipeline(preset: PresetName = "nano", experts: Experts = "", seed: Seed = 0) -> None:
+    """Run all stages without Airflow; goes on where an earlier run stopped."""
+    from katcore.pipeline import local, watch
+
+    with _errors_said():
+        plan, _, _ = _plan(preset, experts, seed)
+        with watch.Watch(plan, _out) as shown:
+            local.run_all(plan, preset, shown.tick)
+        _finish(plan)
+
+
+@app.command()
+def report(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,  # noqa: FBT002
+) -> None:
+    """Print the last run's table again."""
+    from katcore.pipeline import table
+
+    with _errors_said():
+        found = table.last_report()
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _print(found)
+
+
+@app.command()
+def plugins() -> None:
+    """List what is installed: offers and experts, and who supplies them."""
+    with _errors_said():
+        table = Table()
+        for column in ("kind", "name", "plugin", "summary"):
+            table.add_column(column)
+        for item in Plugins.installed().everything():
+            table.add_row(item.kind, item.name, item.plugin, item.summary)
+        _out.print(table)
+
+
+def _finish(plan: Any) -> None:
+    from katcore.pipeline import table
+
+    table.remember(plan)
+    found = table.last_report()
+    _print(found)
+    if not found["gate"]["held"]:
+        raise typer.Exit(1)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from katcore.pipeline import table
+
+    _out.print(table.pass_rates(found))
+    _out.print(table.checks(found))
+    for line in table.where_to_look(found):
+        _out.print(line, soft_wrap=True)
+
 
 def main() -> None:
     """Run `kat`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,6 @@ class ModelSettings(Settings):
     kv_heads: int = 2
     vocabulary: int = 1024
     context: int = 1024
-    lora_rank: int = 0
 
 
 class BaseTrainingSettings(Settings):
@@ -50,7 +49,6 @@ class CollectSettings(Settings):
     """Demonstrations replayed through sandbox, proxy and verifier."""
 
     max_tasks: int = 1500
-    concurrency: int = 16
 
 
 class SftSettings(Settings):
@@ -87,6 +85,7 @@ class DistillSettings(Settings):
     warmup: int = 5
     final_lr: float = 0.2
     temperature: float = 1.0
+    checkpoint_every: int = 10
 
 
 class EvaluateSettings(Settings):
@@ -114,6 +113,9 @@ class Preset(Settings):
     sandbox: str = "local"
     sandbox_options: dict[str, Any] = Field(default_factory=dict)
     max_new_tokens: int = 48
+    concurrency: int = 48
+    expert_threads: int = 1
+    shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 

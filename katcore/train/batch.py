@@ -6,7 +6,7 @@ each token the same logits as in each of the B plain sequences, in one pass (Tre
 time. Proven equal to the unrolled branches in tests/train/test_tree.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,15 +106,16 @@ def num_leaves(sample: Sample) -> int:
     return sum(sample.branches[root] for root in roots)
 
 
-def micro_batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[int]]:
-    """Indices of samples of like length, at most `max_tokens` padded tokens in each group."""
-    order = sorted(range(len(samples)), key=lambda index: len(samples[index].tokens))
-    group: list[int] = []
-    for index in order:
-        longest = len(samples[index].tokens)
-        if group and longest * (len(group) + 1) > max_tokens:
+def micro_batches(
+    samples: Sequence[Sample], *, max_tokens: int, by: Callable[[Sample], str]
+) -> Iterator[list[Sample]]:
+    """Groups of samples of like length and equal `by`, at most `max_tokens` padded tokens in each."""
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: (by(sample), len(sample.tokens))):
+        is_full = len(sample.tokens) * (len(group) + 1) > max_tokens
+        if group and (is_full or by(group[0]) != by(sample)):
             yield group
             group = []
-        group.append(index)
+        group.append(sample)
     if group:
         yield group

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from katcore.config import ModelSettings
+
+transformers_logging.disable_progress_bar()
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,11 +55,16 @@ def new_policy(settings: ModelSettings, *, vocabulary: int, end_id: int, seed: i
     return model
 
 
-def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a folder, for training or sampling with the dense-mask attention."""
+def limit_threads(num: int) -> None:
+    """Compute with `num` threads in this process."""
+    torch.set_num_threads(num)
+
+
+def load_policy(folder: Path) -> Any:
+    """The model of a folder in float32, without dropout."""
     return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
-    )
+        str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
 
 
 def save_policy(model: Any, folder: Path, *, tokenizer: Path) -> None:

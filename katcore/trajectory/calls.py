@@ -76,6 +76,14 @@ def read_calls(path: Path) -> Iterator[ModelCall]:
                 yield from_json(ModelCall, line)
 
 
+def calls_by_session(path: Path) -> dict[str, list[ModelCall]]:
+    """The calls of a log, by session id."""
+    sessions: dict[str, list[ModelCall]] = {}
+    for call in read_calls(path):
+        sessions.setdefault(call.session_id, []).append(call)
+    return sessions
+
+
 def _drop_torn_line(path: Path) -> None:
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)

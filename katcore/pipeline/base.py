@@ -1,0 +1,30 @@
+"""Stage `base`: the model that every expert and the student start from."""
+
+from katcore.inference import package
+from katcore.pipeline.stage import Job
+from katcore.train.base import train_base
+from katcore.train.policy import limit_threads
+
+
+def run(job: Job) -> dict[str, float]:
+    """Write `model/`: trained from scratch, or converted from a pip package."""
+    limit_threads(job.preset.shared_threads)
+    settings = job.preset.model
+    if settings.kind == "package":
+        job.progress.say(f"converting {settings.package}")
+        return package.convert(settings.package, job.out / "model")
+    last: dict[str, float] = {}
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        last.update(metrics)
+        job.progress.step(step, job.preset.base.steps, metrics)
+
+    train_base(
+        settings,
+        job.preset.base,
+        seed=job.seed,
+        out=job.out / "model",
+        work=job.work,
+        report=report,
+    )
+    return {"loss": last.get("loss", 0.0)}

@@ -1,0 +1,113 @@
+"""Stage `distill`: fuse the experts into the student, on the student's own rollouts.
+
+Each task's teacher is the expert of its domain. The student's turns are scored by the whole vocabulary of
+the teacher's distribution (reverse KL); rewards are recorded but not trained on, so only the agent's part of
+a rollout is needed for the loss, and the verdict for the curve.
+"""
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+
+from katcore.inference.chat import ChatTokenizer
+from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, samples_of, tasks_of
+from katcore.pipeline.stage import Job
+from katcore.rollout.single import Attempt, Parts
+from katcore.schema.call import Sampling
+from katcore.schema.expert import Expert
+from katcore.schema.rollout import Rollout
+from katcore.schema.sample import Sample
+from katcore.schema.task import Task
+from katcore.train.distill import Teachers
+from katcore.train.objective import ReverseKl
+from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.sft import draw
+from katcore.train.trainer import Schedule, Trainer
+
+
+def run(job: Job) -> dict[str, float]:
+    """Write `model/`, `rollouts.jsonl` and `calls.jsonl`."""
+    limit_threads(job.preset.shared_threads)
+    settings = job.preset.distill
+    start = job.input("unified.sft") / "model"
+    model = load_policy(start)
+    trainer = Trainer(
+        model, Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
+    )
+    history = asyncio.run(_Loop(job, trainer, ChatTokenizer(start)).run())
+    save_policy(model, job.out / "model", tokenizer=start)
+    return {"kl_first": history[0], "kl_last": history[-1]}
+
+
+class _Loop:
+    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer) -> None:
+        self._job = job
+        self._trainer = trainer
+        self._settings = job.preset.distill
+        experts = job.plugins.experts()
+        names = [name.removesuffix(".rl") for name in job.inputs if name.endswith(".rl")]
+        self._experts: list[Expert] = [experts[name] for name in names]
+        teachers = {name: load_policy(job.input(f"{name}.rl") / "model") for name in names}
+        self._objective = ReverseKl(Teachers(teachers))
+        self._engine = EmbeddedEngine(
+            trainer.model,
+            chat,
+            num_slots=job.preset.concurrency,
+            context=job.preset.model.context,
+            seed=job.seed,
+        )
+        self._checkpoint = job.work / "checkpoint.pt"
+
+    async def run(self) -> list[float]:
+        """All steps; the mean KL of each. Goes on from the last checkpoint."""
+        settings, job = self._settings, self._job
+        history: list[float] = list(self._trainer.load(self._checkpoint).get("history", []))
+        tasks = {expert.name: tasks_of(job, expert, "train") for expert in self._experts}
+        sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
+        file = RolloutFile(job.out / "rollouts.jsonl")
+        async with open_rollouts(job) as rollouts:
+            parts = {expert.name: rollouts.parts(expert, sampling) for expert in self._experts}
+            for step in range(len(history), settings.steps):
+                self._engine.weights_changed(str(step))
+                made: dict[str, list[Rollout]] = {}
+                for expert in self._experts:
+                    own = tasks[expert.name]
+                    chosen = [
+                        own[at] for at in draw(len(own), settings.prompts, job.seed + 29, step)
+                    ]
+                    made[expert.name] = await self._make(rollouts, parts[expert.name], chosen, step)
+                    for rollout in made[expert.name]:
+                        file.append(rollout)
+                metrics = self._learn(made)
+                history.append(metrics["kl"])
+                job.progress.step(step, settings.steps, metrics)
+                if (step + 1) % settings.checkpoint_every == 0:
+                    self._trainer.save(self._checkpoint, history=history)
+        file.close()
+        return history
+
+    async def _make(
+        self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int
+    ) -> list[Rollout]:
+        attempts = (Attempt(task, self._engine, 0, f"distill-{step}") for task in tasks)
+        return [rollout async for rollout in rollouts.run(attempts, parts)]
+
+    def _learn(self, made: dict[str, list[Rollout]]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        samples: list[Sample] = []
+        for expert in self._experts:
+            rollouts = made[expert.name]
+            samples += samples_of(self._job, expert, rollouts)
+            rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+            metrics[f"reward/{expert.name}"] = statistics.fmean(rewards) if rewards else 0.0
+        update = self._trainer.update(samples, self._objective, by=_domain)
+        return metrics | {
+            "kl": update["loss"],
+            "grad_norm": update["grad_norm"],
+            "lr": update["lr"],
+        }
+
+
+def _domain(sample: Sample) -> str:
+    return sample.domain

@@ -1,0 +1,90 @@
+"""How far a stage is: for the terminal, for MLflow, and for whoever looks into the folder."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from katcore.pipeline.plan import Plan, StageSpec
+
+_EVERY_S = 0.3
+_TRACK_EVERY_S = 5.0
+
+
+class Progress:
+    """Reports of one running stage.
+
+    `progress.json` holds the last state and is replaced whole. Numbers go to an MLflow run that is opened
+    with the first of them, in batches.
+    """
+
+    def __init__(self, spec: StageSpec, work: Path, plan: Plan) -> None:
+        self._spec = spec
+        self._work = work
+        self._plan = plan
+        self._started_s = time.time()
+        self._first_step: int | None = None
+        self._written_s = 0.0
+        self._tracked_s = time.time()
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        self._run: Any = None
+        self.say("")
+
+    def say(self, text: str) -> None:
+        """A line of text, where there are no steps."""
+        self._write({"text": text})
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Step `step` of `steps` (from 0) is done."""
+        now = time.time()
+        self._first_step = step if self._first_step is None else self._first_step
+        if metrics:
+            self._pending.append((step, dict(metrics)))
+        if now - self._written_s > _EVERY_S or step + 1 == steps:
+            done = step - self._first_step
+            left_s = (now - self._started_s) / done * (steps - step - 1) if done else None
+            self._write(
+                {"step": step + 1, "steps": steps, "left_s": left_s, "metrics": dict(metrics or {})}
+            )
+        if self._pending and now - self._tracked_s > _TRACK_EVERY_S:
+            self._track()
+
+    def close(self) -> None:
+        """Send what is left to MLflow and end its run."""
+        if self._pending:
+            self._track()
+        if self._run:
+            self._run.end()
+
+    def _track(self) -> None:
+        if self._run is None:
+            tracking = import_module("katcore.registry.tracking")
+            tags = {
+                "katcore.stage": self._spec.id,
+                "katcore.key": self._plan.keys[self._spec.id],
+                "katcore.preset": self._plan.preset.name,
+                "katcore.seed": str(self._plan.seed),
+            }
+            experiment = f"expert/{self._spec.expert}" if self._spec.expert else "unified"
+            self._run = tracking.open_run(
+                experiment, self._spec.id, tags, self._spec.config, self._work / "mlflow-run"
+            )
+        self._run.log(self._pending)
+        self._pending = []
+        self._tracked_s = time.time()
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        self._written_s = time.time()
+        content = {
+            "stage": self._spec.id,
+            "pid": os.getpid(),
+            "started_s": self._started_s,
+            "updated_s": self._written_s,
+            **state,
+        }
+        temporary = self._work / "progress.tmp"
+        temporary.write_text(json.dumps(content))
+        temporary.replace(self._work / "progress.json")

@@ -1,0 +1,113 @@
+"""Stage `rl`: group-relative policy optimisation of an expert on fresh rollouts of its own tasks.
+
+Strictly on policy: a step's rollouts are made with the weights that the step then changes. Its two
+minibatches are one pass over those rollouts; log-probabilities of the behaviour policy are the sampler's.
+"""
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+
+from katcore.inference.chat import ChatTokenizer
+from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, samples_of, tasks_of
+from katcore.pipeline.stage import Job
+from katcore.rollout.single import Attempt, Parts
+from katcore.schema.call import Sampling
+from katcore.schema.expert import Expert
+from katcore.schema.rollout import Rollout
+from katcore.schema.task import Task
+from katcore.train.objective import PolicyGradient, group_advantages
+from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.sft import draw
+from katcore.train.trainer import Schedule, Trainer
+
+
+def run(job: Job) -> dict[str, float]:
+    """Write `model/`, `rollouts.jsonl` and `calls.jsonl`."""
+    limit_threads(job.preset.expert_threads)
+    settings = job.preset.rl
+    start = job.input(f"{job.spec.expert}.sft") / "model"
+    model = load_policy(start)
+    schedule = Schedule(
+        settings.lr, settings.steps * settings.minibatches, final_lr=settings.final_lr
+    )
+    trainer = Trainer(model, schedule)
+    loop = _Loop(job, trainer, ChatTokenizer(start))
+    rewards = asyncio.run(loop.run())
+    save_policy(model, job.out / "model", tokenizer=start)
+    edge = max(1, len(rewards) // 5)
+    return {
+        "reward_first": statistics.fmean(rewards[:edge]),
+        "reward_last": statistics.fmean(rewards[-edge:]),
+    }
+
+
+class _Loop:
+    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer) -> None:
+        self._job = job
+        self._trainer = trainer
+        self._settings = job.preset.rl
+        self._expert: Expert = job.plugins.experts()[job.spec.expert]
+        self._engine = EmbeddedEngine(
+            trainer.model,
+            chat,
+            num_slots=job.preset.concurrency,
+            context=job.preset.model.context,
+            seed=job.seed,
+        )
+        self._checkpoint = job.work / "checkpoint.pt"
+
+    async def run(self) -> list[float]:
+        """All steps; mean reward of each. Goes on from the last checkpoint."""
+        settings, job = self._settings, self._job
+        rewards: list[float] = list(self._trainer.load(self._checkpoint).get("rewards", []))
+        tasks = tasks_of(job, self._expert, "train")
+        sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
+        file = RolloutFile(job.out / "rollouts.jsonl")
+        async with open_rollouts(job) as rollouts:
+            parts = rollouts.parts(self._expert, sampling)
+            for step in range(len(rewards), settings.steps):
+                self._engine.weights_changed(str(step))
+                chosen = draw(len(tasks), settings.prompts, job.seed + 17, step)
+                made = await self._make(rollouts, parts, [tasks[at] for at in chosen], step)
+                for rollout in made:
+                    file.append(rollout)
+                metrics = self._learn(made)
+                rewards.append(metrics["reward"])
+                job.progress.step(step, settings.steps, metrics)
+                if (step + 1) % settings.checkpoint_every == 0:
+                    self._trainer.save(self._checkpoint, rewards=rewards)
+        file.close()
+        return rewards
+
+    async def _make(
+        self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int
+    ) -> list[Rollout]:
+        attempts = (
+            Attempt(task, self._engine, number, f"rl-{step}")
+            for task in tasks
+            for number in range(self._settings.group)
+        )
+        return [rollout async for rollout in rollouts.run(attempts, parts)]
+
+    def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
+        settings = self._settings
+        samples = samples_of(self._job, self._expert, rollouts)
+        advantages = group_advantages(samples)
+        useful = [sample for sample in samples if sample.rollout_id in advantages]
+        objective = PolicyGradient(
+            advantages, settings.clip_low, settings.clip_high, settings.temperature
+        )
+        metrics: dict[str, float] = {}
+        for number in range(settings.minibatches):
+            part = useful[number :: settings.minibatches]
+            if part:
+                metrics = self._trainer.update(part, objective)
+        scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        turns = [len(rollout.trajectory.turns) for rollout in rollouts]
+        return metrics | {
+            "reward": statistics.fmean(scored) if scored else 0.0,
+            "num_useful": float(len(useful)),
+            "turns": statistics.fmean(turns),
+        }

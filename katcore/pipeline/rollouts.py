@@ -1,0 +1,114 @@
+"""What the stages that make rollouts share: proxy, sandboxes, the experts' parts, and durable results."""
+
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from katcore.errors import StageError
+from katcore.pipeline.stage import Job
+from katcore.protocols import SandboxBackend
+from katcore.proxy.server import Proxy
+from katcore.rollout.collect import Limits, collect
+from katcore.rollout.single import Attempt, Parts
+from katcore.schema.call import Sampling
+from katcore.schema.codec import read_lines, to_json
+from katcore.schema.event import RolloutFinished
+from katcore.schema.expert import Expert
+from katcore.schema.rollout import Outcome, Rollout
+from katcore.schema.sample import Sample
+from katcore.schema.task import Task
+
+_MAX_LOST = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """An open proxy and sandbox backend, and the job they serve."""
+
+    job: Job
+    proxy: Proxy
+    backend: SandboxBackend
+
+    def parts(self, expert: Expert, sampling: Sampling) -> Parts:
+        """The parts of one expert's rollouts."""
+        make = self.job.plugins.make
+        scaffold = make("scaffold", expert.scaffold, expert.scaffold_options)
+        verifier = make("verifier", expert.verifier, expert.verifier_options)
+        return Parts(self.proxy, self.backend, scaffold, verifier, sampling)
+
+    async def run(self, attempts: Iterable[Attempt], parts: Parts) -> AsyncIterator[Rollout]:
+        """Every attempt's rollout as it ends; observers are told of each.
+
+        Raises:
+            StageError: after the last, if more than a tenth was lost to infrastructure.
+        """
+        limits = Limits(self.job.preset.concurrency)
+        num = 0
+        lost: list[Rollout] = []
+        async for rollout in collect(attempts, parts, limits):
+            num += 1
+            if rollout.outcome is not Outcome.SCORED:
+                lost.append(rollout)
+            self.job.plugins.notify("katcore_rollout_finished", RolloutFinished(rollout))
+            yield rollout
+        if len(lost) > max(1, _MAX_LOST * num):
+            first = lost[0]
+            raise StageError(
+                f"{len(lost)} of {num} rollouts were lost to infrastructure; the first, {first.id}:"
+                f" {first.outcome}: {first.error}"
+            )
+
+
+@asynccontextmanager
+async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
+    """Start the proxy and the preset's sandbox backend; both are stopped at the end."""
+    backend: SandboxBackend = job.plugins.make(
+        "sandbox", job.preset.sandbox, job.preset.sandbox_options
+    )
+    try:
+        async with Proxy(job.out / "calls.jsonl") as proxy:
+            yield Rollouts(job, proxy, backend)
+    finally:
+        await backend.close()
+
+
+def tasks_of(job: Job, expert: Expert, split: str) -> list[Task]:
+    """The tasks that the expert's synthesis made, of one split."""
+    root = job.input(f"{expert.name}.synthesize") / "tasks"
+    tasks = list(job.plugins.make("dataset", expert.dataset, {"root": root}).tasks(split))
+    if not tasks:
+        raise StageError(f"expert {expert.name!r} has no task in split {split!r}; see {root}")
+    return tasks
+
+
+def samples_of(job: Job, expert: Expert, rollouts: Iterable[Rollout]) -> list[Sample]:
+    """The training samples of rollouts, by the expert's formatter."""
+    formatter: Any = job.plugins.make("formatter", expert.formatter)
+    return list(formatter.samples(rollouts))
+
+
+class RolloutFile:
+    """Rollouts on disk, one line each, appended as they end; a restart reads what is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) != len(data):
+                path.write_bytes(whole)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, rollout: Rollout) -> None:
+        """Write one line."""
+        self._file.write(to_json(rollout) + b"\n")
+
+    def read(self) -> Iterator[Rollout]:
+        """All so far."""
+        return read_lines(Rollout, self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,46 @@
+"""Stage `sft`: fine-tune the base on an expert's demonstrations, or the student on all of them."""
+
+from katcore.errors import StageError
+from katcore.pipeline.stage import Job
+from katcore.schema.codec import read_lines
+from katcore.schema.sample import Sample
+from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.sft import fit
+from katcore.train.trainer import Schedule, Trainer
+
+
+def run(job: Job) -> dict[str, float]:
+    """Write `model/`."""
+    is_student = not job.spec.expert
+    limit_threads(job.preset.shared_threads if is_student else job.preset.expert_threads)
+    settings = job.preset.student if is_student else job.preset.sft
+    sources = [name for name in job.inputs if name.endswith(".collect")]
+    samples = [
+        sample
+        for name in sources
+        for sample in read_lines(Sample, job.input(name) / "samples.jsonl")
+    ]
+    context = job.preset.model.context
+    usable = [sample for sample in samples if len(sample.tokens) <= context]
+    if not usable:
+        raise StageError(f"{', '.join(sources)}: no sample of at most {context} tokens to train on")
+    base = job.input("base") / "model"
+    model = load_policy(base)
+    schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
+    last: dict[str, float] = {}
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        last.update(metrics)
+        job.progress.step(step, settings.steps, metrics)
+
+    checkpoint = job.work / "checkpoint.pt"
+    fit(
+        Trainer(model, schedule),
+        usable,
+        settings,
+        seed=job.seed,
+        checkpoint=checkpoint,
+        report=report,
+    )
+    save_policy(model, job.out / "model", tokenizer=base)
+    return {"loss": last.get("loss", 0.0), "num_samples": float(len(usable))}

@@ -1,0 +1,192 @@
+"""Running one stage: skip what is done, resume what was begun, publish whole or not at all.
+
+    <home>/stages/<stage id>/<key>/         finished: never changed again; manifest.json hashes each file
+    <home>/stages/<stage id>/<key>.work/    begun: checkpoints, progress.json, and `out/` as it grows
+
+A finished folder appears by one rename after everything in it is on disk. A lock keeps two processes from
+running the same key.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from katcore.config import Preset, home
+from katcore.errors import StageError
+from katcore.pipeline.plan import Plan, StageSpec
+from katcore.pipeline.progress import Progress
+from katcore.plugin import Plugins
+from katcore.schema.event import StageFinished
+
+_PACKAGES = ("katcore", "torch", "transformers", "tokenizers", "mlflow", "apache-airflow")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a stage function gets. It writes into `out`; `work` keeps what it needs to resume."""
+
+    spec: StageSpec
+    preset: Preset
+    seed: int
+    plugins: Plugins
+    inputs: Mapping[str, Path]
+    work: Path
+    out: Path
+    progress: Progress
+
+    def input(self, stage_id: str) -> Path:
+        """The finished folder of an input."""
+        return self.inputs[stage_id]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished stage."""
+
+    path: Path
+    is_skipped: bool
+    seconds: float
+    metrics: dict[str, float]
+
+
+def stage_path(plan: Plan, stage_id: str) -> Path:
+    """Where the finished stage is, or will be."""
+    return home() / "stages" / stage_id / plan.keys[plan.find(stage_id).id]
+
+
+def run_stage(plan: Plan, stage_id: str, plugins: Plugins) -> Finished:
+    """Run a stage, or find it done.
+
+    Raises:
+        StageError: an input is missing, another process runs it, the disk is full, or a finished folder is
+            not what its manifest says.
+    """
+    spec = plan.find(stage_id)
+    path = stage_path(plan, stage_id)
+    found = finished(path)
+    if found:
+        _notify(plugins, spec, found)
+        return found
+    inputs = {name: stage_path(plan, name) for name in spec.inputs}
+    missing = [name for name, folder in inputs.items() if not finished(folder)]
+    if missing:
+        raise StageError(f"{stage_id} needs {', '.join(missing)}, not made yet; run that first")
+    work = path.with_name(f"{path.name}.work")
+    with _locked(path), _full_disk_said(path):
+        done = finished(path)
+        if done:
+            return done
+        (work / "out").mkdir(parents=True, exist_ok=True)
+        progress = Progress(spec, work, plan)
+        job = Job(spec, plan.preset, plan.seed, plugins, inputs, work, work / "out", progress)
+        started_s = time.time()
+        metrics = import_module(f"katcore.pipeline.{spec.stage}").run(job)
+        _publish(job, plan, path, metrics, started_s)
+        progress.close()
+        shutil.rmtree(work)
+    result = Finished(path, False, time.time() - started_s, metrics)
+    _notify(plugins, spec, result)
+    return result
+
+
+def finished(path: Path) -> Finished | None:
+    """The finished stage at `path`, or None. A folder that lost a file is an error, not unfinished."""
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return None
+    content = json.loads(manifest.read_bytes())
+    for name, entry in content["files"].items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            raise StageError(f"{file}: not as its manifest says; remove {path} to make it again")
+    return Finished(path, True, content["seconds"], content["metrics"])
+
+
+def _publish(job: Job, plan: Plan, path: Path, metrics: dict[str, float], started_s: float) -> None:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    manifest = {
+        "schema_version": 1,
+        "id": job.spec.id,
+        "key": path.name,
+        "spec": asdict(job.spec),
+        "inputs": {name: plan.keys[name] for name in job.spec.inputs},
+        "preset": plan.preset.name,
+        "seed": plan.seed,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "metrics": metrics,
+        "started": started_s,
+        "seconds": round(time.time() - started_s, 2),
+        "cpu_seconds": round(sum(item.ru_utime + item.ru_stime for item in usage), 2),
+        "max_rss_mib": max(item.ru_maxrss for item in usage) // 1024,
+        "files": {
+            str(file.relative_to(job.out)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(job.out.rglob("*"))
+            if file.is_file()
+        },
+    }
+    (job.out / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str))
+    os.sync()
+    job.out.rename(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(
+                f"{path.parent.name} is being run by another process; wait for it"
+            ) from error
+        yield
+
+
+@contextmanager
+def _full_disk_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        free_mib = shutil.disk_usage(path.parent).free >> 20
+        raise StageError(
+            f"{path.parent}: the disk is full ({free_mib} MiB free); make room and run the same command:"
+            " what was finished is kept, and this stage goes on from its last checkpoint"
+        ) from error
+
+
+def _notify(plugins: Plugins, spec: StageSpec, done: Finished) -> None:
+    event = StageFinished(spec.id, str(done.path), done.is_skipped, done.seconds, done.metrics)
+    plugins.notify("katcore_stage_finished", event)

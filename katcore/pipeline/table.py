@@ -1,0 +1,88 @@
+"""The last run's table, for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from katcore.config import home
+from katcore.errors import StageError
+from katcore.pipeline.gate import COLUMNS
+from katcore.pipeline.plan import UNIFIED, Plan
+from katcore.pipeline.stage import stage_path
+
+LAST = "last-run.json"
+
+
+def last_report() -> dict[str, Any]:
+    """What the gate of the last finished run wrote, with its models.
+
+    Raises:
+        StageError: no run has reached its gate yet.
+    """
+    path = home() / LAST
+    if not path.exists():
+        raise StageError(f"no finished run in {home()}; start one with `kat run` or `kat pipeline`")
+    pointer = json.loads(path.read_bytes())
+    report: dict[str, Any] = json.loads((Path(pointer["gate"]) / "report.json").read_bytes())
+    report["models"] = pointer["models"]
+    return report
+
+
+def remember(plan: Plan) -> None:
+    """Note a finished run as the last one."""
+    models = {}
+    for name in (*plan.experts, UNIFIED):
+        version = json.loads((stage_path(plan, f"{name}.register") / "version.json").read_bytes())
+        models[version["name"]] = version["version"]
+    content = {"gate": str(stage_path(plan, f"{UNIFIED}.gate")), "models": models}
+    temporary = home() / f"{LAST}.tmp"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(home() / LAST)
+
+
+def where_to_look(report: dict[str, Any]) -> list[str]:
+    """Lines that say where the details are."""
+    models = ", ".join(f"{name} v{version}" for name, version in report["models"].items())
+    return [
+        f"registered models: {models}",
+        f"curves and models: `kat up`, then http://127.0.0.1:5000 (MLflow; data in {home()}/mlflow.db)",
+        f"rollouts: {home()}/stages/*/*/rollouts.jsonl",
+    ]
+
+
+def pass_rates(report: dict[str, Any]) -> Table:
+    """Greedy pass rate with its interval, and the sampled one below it."""
+    table = Table(
+        title=f"Pass rate on held-out tasks (preset {report['preset']}, seed {report['seed']})"
+    )
+    table.add_column("domain")
+    for column in COLUMNS:
+        table.add_column(column.upper() if column in {"sft", "rl"} else column, justify="right")
+    for name, domain in report["domains"].items():
+        table.add_row(f"{name} (n={domain['base']['n']})", *(_cell(domain[c]) for c in COLUMNS))
+        sampled = [f"{100 * domain['sampled'][column]['rate']:.1f}" for column in COLUMNS]
+        table.add_row("  sampled", *sampled, style="dim")
+    return table
+
+
+def checks(report: dict[str, Any]) -> Table:
+    """The gate, condition by condition."""
+    table = Table(title=f"Gate: {'held' if report['gate']['held'] else 'NOT held'}")
+    for column in ("domain", "what", "value", "95 % interval", "wanted", ""):
+        table.add_column(column)
+    for check in report["gate"]["checks"]:
+        table.add_row(
+            check["domain"],
+            check["what"],
+            f"{check['value']:.3f}",
+            f"{check['low']:.3f} .. {check['high']:.3f}",
+            check["wanted"],
+            "held" if check["held"] else "[bold red]not held[/]",
+        )
+    return table
+
+
+def _cell(rate: dict[str, float]) -> str:
+    return f"{100 * rate['rate']:.1f} [dim]({100 * rate['low']:.1f}..{100 * rate['high']:.1f})[/]"

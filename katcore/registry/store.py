@@ -1,0 +1,50 @@
+"""Where MLflow keeps its data: one SQLite file and one artefact folder in katcore's home."""
+
+import fcntl
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import mlflow
+from mlflow.tracking import MlflowClient
+
+from katcore.config import home
+
+
+def tracking_uri(root: Path) -> str:
+    """The URI of the store under a home folder."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def artefact_root(root: Path) -> Path:
+    """Where the artefacts of new experiments go."""
+    return root / "mlartifacts"
+
+
+@cache
+def client() -> MlflowClient:
+    """A client of the store. The first one makes the database, one process at a time."""
+    root = home()
+    root.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(tracking_uri(root))
+    with (root / ".mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = MlflowClient(tracking_uri(root))
+        found.search_experiments(max_results=1)
+    return found
+
+
+def experiment_id(name: str) -> str:
+    """The id of an experiment, made now if it is new."""
+    store, root = client(), home()
+    with (root / ".mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = store.get_experiment_by_name(name)
+        if found:
+            return str(found.experiment_id)
+        folder = artefact_root(root) / name.replace("/", "-")
+        return str(store.create_experiment(name, artifact_location=folder.as_uri()))

@@ -1,0 +1,141 @@
+"""The base model: a tokenizer and generic pretraining that know nothing of the installed experts.
+
+Two sources, half of the windows each: the source text of Python's standard library, and drills
+(`katcore.train.drill`), of which only the assistant's tokens are trained.
+"""
+
+import random
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from katcore.config import BaseTrainingSettings, ModelSettings
+from katcore.schema.sample import Sample
+from katcore.train.drill import Conversation, Drills
+from katcore.train.objective import Metrics, Sft
+from katcore.train.policy import new_policy, save_policy
+from katcore.train.tokenizer import ASSISTANT, END, USER, train_tokenizer
+from katcore.train.trainer import Schedule, Trainer
+
+_MODULES = (
+    "argparse", "ast", "bisect", "calendar", "cmd", "collections/__init__", "colorsys", "configparser",
+    "copy", "csv", "dataclasses", "difflib", "fileinput", "fnmatch", "fractions", "functools", "glob",
+    "heapq", "inspect", "ipaddress", "json/decoder", "json/encoder", "linecache", "locale", "mailbox",
+    "numbers", "operator", "optparse", "os", "pathlib", "posixpath", "pprint", "random", "re/__init__",
+    "reprlib", "sched", "shelve", "shlex", "shutil", "statistics", "string", "subprocess", "tarfile",
+    "tempfile", "textwrap", "tokenize", "traceback", "types", "typing", "unittest/case", "urllib/parse",
+    "uuid", "zipfile",
+)  # fmt: skip
+
+
+def train_base(
+    model: ModelSettings,
+    settings: BaseTrainingSettings,
+    *,
+    seed: int,
+    out: Path,
+    work: Path,
+    report: Callable[[int, Metrics], None],
+) -> None:
+    """Train tokenizer and model; `out` gets the model folder. Continues from a checkpoint in `work`."""
+    texts = corpus()
+    words = frequent_words(texts)
+    drills = Drills(words, seed)
+    sample_text = [
+        "\n".join(user + "\n" + answer for user, answer in drills.draw()) for _ in range(4000)
+    ]
+    tokenizer = train_tokenizer([*texts, *sample_text], vocabulary=model.vocabulary, folder=out)
+    end_id = tokenizer.encode(END).ids[0]
+    policy: Any = new_policy(model, vocabulary=tokenizer.get_vocab_size(), end_id=end_id, seed=seed)
+    schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1, weight_decay=0.01)
+    trainer = Trainer(policy, schedule)
+    trainer.load(work / "checkpoint.pt")
+    streams = _Streams(tokenizer, texts, words, settings.length)
+    while trainer.step_number < settings.steps:
+        step = trainer.step_number
+        rows = streams.draw(settings.batch, seed * 1_000_003 + step)
+        report(step, trainer.update(rows, Sft()))
+        if (step + 1) % 50 == 0:
+            trainer.save(work / "checkpoint.pt")
+    save_policy(policy, out, tokenizer=out)
+
+
+def corpus() -> list[str]:
+    """Source text of the running Python's standard library, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [root / f"{name}.py" for name in _MODULES]
+    return [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+
+
+def frequent_words(texts: list[str], num: int = 600) -> list[str]:
+    """The lower-case words of 3 to 8 letters that occur most."""
+    counts = Counter(
+        word for text in texts for word in text.split() if word.isalpha() and word.islower()
+    )
+    usable = [word for word, _ in counts.most_common() if 3 <= len(word) <= 8 and word.isascii()]
+    return usable[:num]
+
+
+class _Streams:
+    """Windows of a fixed length from both sources."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, texts: list[str], words: list[str], length: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._words = words
+        self._length = length
+        self._text_ids: list[int] = []
+        for text in texts:
+            self._text_ids += tokenizer.encode(text).ids
+
+    def draw(self, batch: int, seed: int) -> list[Sample]:
+        """A step's windows; they depend on the seed alone."""
+        choose = random.Random(seed)
+        drills = Drills(self._words, seed)
+        rows = []
+        for number in range(batch):
+            if number % 2:
+                start = choose.randrange(len(self._text_ids) - self._length)
+                ids = self._text_ids[start : start + self._length]
+                rows.append(_sample(ids, [True] * len(ids)))
+            else:
+                rows.append(self._drill_window(drills))
+        return rows
+
+    def _drill_window(self, drills: Drills) -> Sample:
+        ids: list[int] = []
+        trained: list[bool] = []
+        while True:
+            conversation = list(self._pieces(drills.draw()))
+            if ids and len(ids) + sum(len(part) for part, _ in conversation) > self._length:
+                return _sample(ids, trained)
+            for part, is_trained in conversation:
+                ids += part
+                trained += [is_trained] * len(part)
+
+    def _pieces(self, conversation: Conversation) -> Iterator[tuple[list[int], bool]]:
+        for user, answer in conversation:
+            yield self._tokenizer.encode(f"{USER}{user}{END}{ASSISTANT}").ids, False
+            yield self._tokenizer.encode(f"{answer}{END}").ids, True
+
+
+def _sample(ids: list[int], trained: list[bool]) -> Sample:
+    num = len(ids)
+    return Sample(
+        tuple(ids),
+        tuple(range(-1, num - 1)),
+        (False, *trained[1:]),
+        (0.0,) * num,
+        (1,) * num,
+        "pretraining",
+        "",
+        "",
+        None,
+        "tokenised",
+        "",
+    )

@@ -1,0 +1,112 @@
+"""Three objectives, one shape: logits of the trained tokens of a token-tree batch to a summed loss.
+
+Each returns a sum over tokens, weighted by `batch.weights_N`; the trainer divides by the weight of the
+whole step, so that splitting a step into micro-batches changes nothing (token mean, as in DAPO).
+
+- `Sft`: negative log-likelihood.
+- `PolicyGradient`: PPO's clipped surrogate with one advantage per rollout (GRPO, arXiv 2402.03300), clip
+  range asymmetric (DAPO, arXiv 2503.14476), no KL term. Departs from GRPO in the token mean.
+- `ReverseKl`: KL(student || teacher) over the whole vocabulary on the student's own tokens
+  (on-policy distillation; GKD with beta = 1, arXiv 2306.13649).
+
+Proven against finite differences and TRL's formulas in tests/train/test_objective.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from katcore.errors import StageError
+from katcore.schema.sample import Sample
+from katcore.train.batch import TreeBatch
+
+Metrics = dict[str, float]
+
+
+class Objective(Protocol):
+    """A loss over the trained tokens of a batch."""
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """The weighted sum of the tokens' losses; `samples` are the rows of the batch."""
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log pi(target) after temperature, (N,)."""
+    scaled_NV = logits_NV / temperature
+    chosen_N = scaled_NV.gather(1, targets_N[:, None])[:, 0]
+    return chosen_N - scaled_NV.logsumexp(1)
+
+
+class Sft:
+    """Supervised fine-tuning."""
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """-sum of w_t log pi(y_t)."""
+        return -(batch.weights_N * token_logprobs(logits_NV, batch.targets_N)).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGradient:
+    """Clipped policy gradient. `advantages` by rollout id; `temperature` is the sampler's."""
+
+    advantages: dict[str, float]
+    clip_low: float
+    clip_high: float
+    temperature: float = 1.0
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """-sum of w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A), r_t = pi / pi_old."""
+        refuse_unsampled(samples)
+        rows = [self.advantages[sample.rollout_id] for sample in samples]
+        advantage_N = torch.tensor(rows, dtype=logits_NV.dtype)[batch.rows_N]
+        ratio_N = (token_logprobs(logits_NV, batch.targets_N, self.temperature) - batch.old_N).exp()
+        clipped_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
+        gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+        return -(batch.weights_N * gain_N).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseKl:
+    """On-policy distillation. `teacher(batch, samples)` gives the teacher's logits, (N, V)."""
+
+    teacher: Callable[[TreeBatch, Sequence[Sample]], Tensor]
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """Sum of w_t KL(pi_student(. | h_t) || pi_teacher(. | h_t))."""
+        refuse_unsampled(samples)
+        student_NV = logits_NV.log_softmax(1)
+        teacher_NV = self.teacher(batch, samples).log_softmax(1)
+        kl_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(1)
+        return (batch.weights_N * kl_N).sum()
+
+
+def refuse_unsampled(samples: Sequence[Sample]) -> None:
+    """Raise StageError unless every sample's ids were drawn by an engine."""
+    for sample in samples:
+        if sample.origin != "sampled":
+            raise StageError(
+                f"{sample.rollout_id}: its ids are {sample.origin}, not sampled;"
+                " training on policy refuses it"
+            )
+
+
+def group_advantages(samples: Sequence[Sample]) -> dict[str, float]:
+    """(R - mean) / (std + 1e-6) within the rollouts of each task; groups without variance are left out.
+
+    One reward per rollout, however many branches its tree has.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.task_id, []).append(sample)
+    advantages: dict[str, float] = {}
+    for group in groups.values():
+        rewards = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
+        if len(group) > 1 and rewards.std(correction=0) > 0:
+            normal = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+            advantages |= {
+                sample.rollout_id: float(value) for sample, value in zip(group, normal, strict=True)
+            }
+    return advantages

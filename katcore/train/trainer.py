@@ -1,0 +1,122 @@
+"""The one training engine: an optimiser step over samples under an objective; checkpoints that resume."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from katcore.errors import StageError
+from katcore.schema.sample import Sample
+from katcore.train.batch import TreeBatch, collate, micro_batches
+from katcore.train.objective import Metrics, Objective
+from katcore.train.policy import logits_at
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Linear warm-up to `lr` over `warmup` steps, then linear decay to `final_lr * lr` at `steps`."""
+
+    lr: float
+    steps: int
+    warmup: int = 0
+    final_lr: float = 0.0
+    weight_decay: float = 0.0
+
+    def at(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (1 - (1 - self.final_lr) * min(1.0, done))
+
+
+class Trainer:
+    """AdamW (0.9, 0.95), gradient norm clipped at 1."""
+
+    def __init__(self, model: Any, schedule: Schedule, *, max_tokens: int = 8192) -> None:
+        self.model = model
+        self.step_number = 0
+        self._schedule = schedule
+        self._max_tokens = max_tokens
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=schedule.lr,
+            betas=(0.9, 0.95),
+            weight_decay=schedule.weight_decay,
+            fused=True,
+        )
+
+    def update(
+        self,
+        samples: Sequence[Sample],
+        objective: Objective,
+        *,
+        by: Callable[[Sample], str] = lambda _: "",
+    ) -> Metrics:
+        """One optimiser step on the weighted token mean of the objective.
+
+        Samples that `by` tells apart never share a micro-batch.
+        """
+        weight = sum(_weight(sample) for sample in samples)
+        lr = self._schedule.at(self.step_number)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        loss = 0.0
+        self._optimizer.zero_grad(set_to_none=True)
+        for rows in micro_batches(samples, max_tokens=self._max_tokens, by=by):
+            part = objective(self.logits(batch := collate(rows)), batch, rows) / weight
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
+        if not math.isfinite(norm):
+            raise StageError(f"step {self.step_number}: the gradient is not finite (loss {loss})")
+        self._optimizer.step()
+        self.step_number += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr}
+
+    def logits(self, batch: TreeBatch) -> torch.Tensor:
+        """Logits of the batch's trained tokens, (N, V)."""
+        return logits_at(self.model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N)
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write a checkpoint: complete or not at all, and on disk when this returns."""
+        state = {
+            "step": self.step_number,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "extra": extra,
+        }
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint if there is one; returns its `extra`, empty if there was none."""
+        if not path.exists():
+            return {}
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step_number = state["step"]
+        extra: dict[str, Any] = state["extra"]
+        return extra
+
+
+def _weight(sample: Sample) -> float:
+    roots = [at for at, parent in enumerate(sample.parents) if parent < 0]
+    leaves = sum(sample.branches[root] for root in roots)
+    return sum(
+        branches / leaves
+        for branches, is_trained in zip(sample.branches, sample.trained, strict=True)
+        if is_trained
+    )
