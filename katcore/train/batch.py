@@ -22,7 +22,7 @@ class TreeBatch:
     ids_BT, positions_BT: token ids and depths, 0 where padded. mask_BTT: what each token sees.
     at_N: the flat position whose logits predict a trained token (its parent). targets_N: its id.
     rows_N: its tree. old_N: the behaviour policy's log-probability. weights_N: g_t / K, the share of
-    the tree's K branches that run through it.
+    the tree's K branches that run through it. Both are float64, so sums over tokens are.
     """
 
     ids_BT: Tensor
@@ -83,8 +83,8 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
         torch.tensor(at),
         torch.tensor(targets),
         torch.tensor(rows),
-        torch.tensor(old, dtype=torch.float32),
-        torch.tensor(weights, dtype=torch.float32),
+        torch.tensor(old, dtype=torch.float64),
+        torch.tensor(weights, dtype=torch.float64),
     )
 
 

@@ -81,7 +81,7 @@ def logits_at(
 ) -> Tensor:
     """Logits at N flat positions (b * T + t) only: the vocabulary projection is the dear part.
 
-    `mask_BTT[b, q, k]` is True where token q sees token k. Returns (N, V), float32.
+    `mask_BTT[b, q, k]` is True where token q sees token k. Returns (N, V), at least float32.
     """
     hidden_BTD = model.model(
         input_ids=ids_BT,
@@ -90,7 +90,8 @@ def logits_at(
         use_cache=False,
     ).last_hidden_state
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N]
-    return model.lm_head(hidden_ND).float()  # type: ignore[no-any-return]
+    logits_NV: Tensor = model.lm_head(hidden_ND)
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,76 @@
+"""Resuming is going on; the schedule; a step does not depend on its micro-batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from katcore.config import SftSettings
+from katcore.schema.sample import Sample
+from katcore.train.objective import Sft
+from katcore.train.sft import draw, fit
+from katcore.train.trainer import Schedule, Trainer
+from tests.train.trees import VOCABULARY, line, small_model
+
+SETTINGS = SftSettings(steps=60, batch=4, lr=1e-2, warmup=5)
+
+
+def samples() -> list[Sample]:
+    torch.manual_seed(0)
+    return [
+        line(torch.randint(VOCABULARY, (4 + n % 5,)).tolist(), [False, *[True] * (3 + n % 5)])
+        for n in range(12)
+    ]
+
+
+def trainer(max_tokens: int = 8192) -> Trainer:
+    return Trainer(small_model(), Schedule(1e-2, 60, 5, 0.1), max_tokens=max_tokens)
+
+
+class Killed(Exception):
+    pass
+
+
+def run(checkpoint: Path, *, stop_at: int | None = None) -> Trainer:
+    made = trainer()
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_at:
+            raise Killed
+
+    fit(made, samples(), SETTINGS, seed=1, checkpoint=checkpoint, report=report)
+    return made
+
+
+def weights(made: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in made.model.parameters()])
+
+
+def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole.pt")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut.pt", stop_at=55)
+    resumed = run(tmp_path / "cut.pt")
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_micro_batches_change_nothing() -> None:
+    one, many = trainer(), trainer(max_tokens=8)
+    for _ in range(3):
+        one.update(samples(), Sft())
+        many.update(samples(), Sft())
+    torch.testing.assert_close(weights(one), weights(many), rtol=1e-9, atol=1e-9)
+
+
+def test_the_schedule_warms_up_and_decays() -> None:
+    schedule = Schedule(1.0, 110, warmup=10, final_lr=0.1)
+    assert schedule.at(0) == pytest.approx(0.1)
+    assert schedule.at(10) == pytest.approx(1.0)
+    assert schedule.at(60) == pytest.approx(0.55)
+    assert schedule.at(110) == pytest.approx(0.1)
+
+
+def test_an_epoch_draws_each_sample_once() -> None:
+    seen = [index for step in range(3) for index in draw(12, 4, seed=5, step=step)]
+    assert sorted(seen) == list(range(12))
+    assert draw(12, 4, 5, 3) != draw(12, 4, 5, 0)

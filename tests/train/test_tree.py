@@ -1,0 +1,64 @@
+"""A token tree in one pass is the sum of its branches, each run as a plain sequence."""
+
+import torch
+from hypothesis import given, settings
+
+from katcore.schema.sample import Sample
+from katcore.train.batch import ancestors, collate
+from katcore.train.objective import Sft
+from katcore.train.policy import logits_at
+from tests.train.trees import branches, gradients, line, sample, small_model, tree_samples
+
+MODEL = small_model()
+
+
+def loss_of(samples: list[Sample]) -> torch.Tensor:
+    batch = collate(samples)
+    logits = logits_at(MODEL, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N)
+    return Sft()(logits, batch, samples)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree_samples())
+def test_the_loss_of_a_tree_is_the_mean_over_its_branches(tree: Sample) -> None:
+    if not any(tree.trained):
+        return
+    paths = branches(tree)
+    MODEL.zero_grad()
+    whole = loss_of([tree])
+    whole.backward()
+    whole_gradient = gradients(MODEL)
+    MODEL.zero_grad()
+    single = torch.zeros((), dtype=torch.float64)
+    for tokens, trained in paths:
+        if any(trained):
+            single = single + loss_of([line(tokens, trained)]) / len(paths)
+    single.backward()
+    torch.testing.assert_close(whole, single, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(whole_gradient, gradients(MODEL), rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tree_samples(), tree_samples())
+def test_padding_changes_nothing(one: Sample, other: Sample) -> None:
+    if not any(one.trained) or not any(other.trained):
+        return
+    together = loss_of([one, other])
+    torch.testing.assert_close(together, loss_of([one]) + loss_of([other]), rtol=1e-10, atol=1e-10)
+
+
+def test_the_mask_is_the_ancestor_relation() -> None:
+    mask = ancestors([-1, 0, 1, 1, 0])
+    wanted = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 4]]
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == wanted
+
+
+def test_a_wrong_weight_is_noticed() -> None:
+    """The equality above can fail: with g_t = 1 everywhere it does."""
+    tree = sample([1, 2, 3, 4], [-1, 0, 1, 1], [False, True, True, True])
+    wrong = Sample(**{**_fields(tree), "branches": (1, 1, 1, 1)})
+    assert not torch.isclose(loss_of([tree]), loss_of([wrong]))
+
+
+def _fields(row: Sample) -> dict[str, object]:
+    return {name: getattr(row, name) for name in Sample.__slots__}
