@@ -36,12 +36,18 @@ class ModelSettings(Settings):
 
 
 class BaseTrainingSettings(Settings):
-    """Generic pretraining; independent of the installed experts."""
+    """Generic pretraining; independent of the installed experts.
 
-    steps: int = 400
-    batch: int = 32
+    A step has `windows` windows of `length` tokens of text, `drills` conversations, and `repeats` rows of
+    random ids said twice.
+    """
+
+    steps: int = 300
+    windows: int = 8
     length: int = 256
-    lr: float = 2e-3
+    drills: int = 96
+    repeats: int = 48
+    lr: float = 4e-3
     warmup: int = 20
 
 

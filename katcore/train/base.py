@@ -1,13 +1,14 @@
 """The base model: a tokenizer and generic pretraining that know nothing of the installed experts.
 
-Two sources, half of the windows each: the source text of Python's standard library, and drills
-(`katcore.train.drill`), of which only the assistant's tokens are trained.
+Three sources in each step: windows of the source text of Python's standard library; drills
+(`katcore.train.drill`), of which only the assistant's tokens are trained; and random ids said twice, of
+which only the second saying is trained (what induction heads are made of, arXiv 2209.11895).
 """
 
 import random
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ def train_base(
     schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1, weight_decay=0.01)
     trainer = Trainer(policy, schedule)
     trainer.load(work / "checkpoint.pt")
-    streams = _Streams(tokenizer, texts, words, settings.length)
+    streams = _Streams(tokenizer, texts, words)
     while trainer.step_number < settings.steps:
         step = trainer.step_number
-        rows = streams.draw(settings.batch, seed * 1_000_003 + step)
+        rows = streams.draw(settings, seed * 1_000_003 + step)
         report(step, trainer.update(rows, Sft()))
         if (step + 1) % 50 == 0:
             trainer.save(work / "checkpoint.pt")
@@ -81,47 +82,49 @@ def frequent_words(texts: list[str], num: int = 600) -> list[str]:
 
 
 class _Streams:
-    """Windows of a fixed length from both sources."""
+    """Rows from the three sources."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, texts: list[str], words: list[str], length: int
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], words: list[str]) -> None:
         self._tokenizer = tokenizer
         self._words = words
-        self._length = length
+        self._end_id = tokenizer.encode(END).ids[0]
         self._text_ids: list[int] = []
         for text in texts:
             self._text_ids += tokenizer.encode(text).ids
 
-    def draw(self, batch: int, seed: int) -> list[Sample]:
-        """A step's windows; they depend on the seed alone."""
+    def draw(self, settings: BaseTrainingSettings, seed: int) -> list[Sample]:
+        """A step's rows; they depend on the seed alone."""
         choose = random.Random(seed)
         drills = Drills(self._words, seed)
-        rows = []
-        for number in range(batch):
-            if number % 2:
-                start = choose.randrange(len(self._text_ids) - self._length)
-                ids = self._text_ids[start : start + self._length]
-                rows.append(_sample(ids, [True] * len(ids)))
-            else:
-                rows.append(self._drill_window(drills))
+        rows = [self._conversation(drills.draw()) for _ in range(settings.drills)]
+        rows += [self._twice(choose) for _ in range(settings.repeats)]
+        for _ in range(settings.windows):
+            start = choose.randrange(len(self._text_ids) - settings.length)
+            ids = self._text_ids[start : start + settings.length]
+            rows.append(_sample(ids, [True] * len(ids)))
         return rows
 
-    def _drill_window(self, drills: Drills) -> Sample:
+    def _twice(self, choose: random.Random) -> Sample:
+        size = self._tokenizer.get_vocab_size()
+        before, ids = (
+            [choose.randrange(self._end_id + 1, size) for _ in range(num)]
+            for num in (choose.randint(0, 16), choose.randint(3, 16))
+        )
+        context = [*before, *ids, self._end_id]
+        return _sample([*context, *ids], [False] * len(context) + [True] * len(ids))
+
+    def _conversation(self, conversation: Conversation) -> Sample:
         ids: list[int] = []
         trained: list[bool] = []
-        while True:
-            conversation = list(self._pieces(drills.draw()))
-            if ids and len(ids) + sum(len(part) for part, _ in conversation) > self._length:
-                return _sample(ids, trained)
-            for part, is_trained in conversation:
+        for user, answer in conversation:
+            for text, is_trained in (
+                (f"{USER}{user}{END}{ASSISTANT}", False),
+                (f"{answer}{END}", True),
+            ):
+                part = self._tokenizer.encode(text).ids
                 ids += part
                 trained += [is_trained] * len(part)
-
-    def _pieces(self, conversation: Conversation) -> Iterator[tuple[list[int], bool]]:
-        for user, answer in conversation:
-            yield self._tokenizer.encode(f"{USER}{user}{END}{ASSISTANT}").ids, False
-            yield self._tokenizer.encode(f"{answer}{END}").ids, True
+        return _sample(ids, trained)
 
 
 def _sample(ids: list[int], trained: list[bool]) -> Sample:
