@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from katcore.config import Preset, load_preset, preset_names
-from katcore.errors import KatError
+from katcore.errors import KatError, StageBusyError
 from katcore.plugin import Plugins
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def _errors_said() -> Iterator[None]:
         yield
     except KatError as error:
         _err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(75 if isinstance(error, StageBusyError) else 2) from error
     except KeyboardInterrupt as stop:
         _err.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from stop
@@ -96,6 +96,43 @@ def pipeline(preset: PresetName = "nano", experts: Experts = "", seed: Seed = 0)
 
 
 @app.command()
+def run(preset: PresetName = "nano", experts: Experts = "", seed: Seed = 0) -> None:
+    """Run all stages through Airflow; starts and stops it if it is not up."""
+    from katcore.pipeline import watch
+    from katcore.service import drive
+
+    with _errors_said():
+        plan, _, _ = _plan(preset, experts, seed)
+        with watch.Watch(plan, _out) as shown:
+            drive.run(plan, preset, shown.tick, _say)
+        _finish(plan)
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Of Airflow; the next free one if it is taken.")] = 8080,
+    mlflow_port: Annotated[int, typer.Option(help="Of MLflow; the same.")] = 5000,
+) -> None:
+    """Start Airflow and MLflow in the background, on loopback."""
+    from katcore.service import control
+
+    with _errors_said():
+        for line in control.where(control.up(port, mlflow_port, _say)):
+            _say(line)
+        _say("stop them with `kat down`")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `kat up` started, and all that it left."""
+    from katcore.service import control
+
+    with _errors_said():
+        count = control.down()
+        _say(f"stopped ({count} processes)" if count else "nothing to stop")
+
+
+@app.command()
 def report(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,  # noqa: FBT002
 ) -> None:
@@ -120,6 +157,10 @@ def plugins() -> None:
         for item in Plugins.installed().everything():
             table.add_row(item.kind, item.name, item.plugin, item.summary)
         _out.print(table)
+
+
+def _say(line: str) -> None:
+    _err.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(plan: Any) -> None:

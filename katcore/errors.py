@@ -21,6 +21,14 @@ class StageError(KatError):
     """A stage cannot run or its output is not what its manifest says."""
 
 
+class StageBusyError(StageError):
+    """Another process runs this stage. Waiting for it and asking again will do."""
+
+
+class ServiceError(KatError):
+    """Airflow or MLflow could not be started, or does not answer."""
+
+
 class TaskError(KatError):
     """A task directory is malformed, or asks for something the sandbox cannot build."""
 

@@ -45,7 +45,8 @@ def write_task(root: Path, split: str, draft: Draft) -> Path:
     """Write one task directory under `root/split`; returns it.
 
     Raises:
-        TaskError: unknown split, no `test.sh`, no Dockerfile, or the directory exists already.
+        TaskError: unknown split, no `test.sh`, no Dockerfile, an id that names no folder, or one that
+            exists already.
     """
     if split not in SPLITS:
         raise TaskError(f"{draft.id}: no split {split!r}; choose one of: {', '.join(SPLITS)}")
@@ -55,6 +56,8 @@ def write_task(root: Path, split: str, draft: Draft) -> Path:
     ):
         if name not in files:
             raise TaskError(f"{draft.id}: {folder}/ needs a {name}")
+    if Path(draft.id).name != draft.id or draft.id in {"", ".."}:
+        raise TaskError(f"task id {draft.id!r} is not the name of a folder")
     directory = root / split / draft.id
     if directory.exists():
         raise TaskError(f"{directory}: two tasks of one id")
@@ -73,13 +76,17 @@ def write_task(root: Path, split: str, draft: Draft) -> Path:
             path = directory / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-    (directory / "instruction.md").write_text(draft.prompt)
-    (directory / "task.toml").write_text(_toml(split, draft))
+    (directory / "instruction.md").write_bytes(draft.prompt.encode())
+    (directory / "task.toml").write_bytes(_toml(split, draft).encode())
     return directory
 
 
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
 def _toml(split: str, draft: Draft) -> str:
-    quote = json.dumps
+    quote = _quote
     lines = [
         'version = "1.0"',
         "[metadata]",
@@ -112,12 +119,12 @@ def read_task(directory: Path) -> Task:
         if not (directory / name).is_file():
             raise TaskError(f"{directory}: not a task directory: no {name}")
     try:
-        content: dict[str, Any] = tomllib.loads((directory / "task.toml").read_text())
+        content: dict[str, Any] = tomllib.loads((directory / "task.toml").read_bytes().decode())
         metadata = content.get("metadata", {})
         return Task(
             id=str(metadata.get("id", directory.name)),
             domain=str(metadata.get("domain", metadata.get("category", ""))),
-            prompt=(directory / "instruction.md").read_text(),
+            prompt=(directory / "instruction.md").read_bytes().decode(),
             directory=directory,
             sandbox=SandboxSpec(
                 directory / "environment",
@@ -128,19 +135,26 @@ def read_task(directory: Path) -> Task:
             timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
             traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
         )
-    except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:
         raise TaskError(f"{directory}/task.toml: {error}") from error
 
 
 def demonstrations(task: Task) -> list[Demonstration]:
-    """The oracle's ways to solve a task; empty if it came without."""
+    """The oracle's ways to solve a task; empty if it came without.
+
+    Raises:
+        TaskError: its file is malformed.
+    """
     path = task.directory / "solution" / "demonstrations.json"
     if not path.exists():
         return []
-    return [
-        Demonstration(task.id, item["style"], tuple(item["turns"]))
-        for item in json.loads(path.read_bytes())
-    ]
+    try:
+        return [
+            Demonstration(task.id, item["style"], tuple(item["turns"]))
+            for item in json.loads(path.read_bytes())
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TaskError(f"{path}: {error!r}") from error
 
 
 class HarborConfig(BaseModel):

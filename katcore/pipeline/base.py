@@ -11,8 +11,7 @@ def run(job: Job) -> dict[str, float]:
     limit_threads(job.preset.shared_threads)
     settings = job.preset.model
     if settings.kind == "package":
-        job.progress.say(f"converting {settings.package}")
-        return package.convert(settings.package, job.out / "model")
+        return package.convert(settings.package, job.out / "model", report=job.progress.say)
     last: dict[str, float] = {}
 
     def report(step: int, metrics: dict[str, float]) -> None:

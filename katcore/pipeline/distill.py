@@ -32,9 +32,8 @@ def run(job: Job) -> dict[str, float]:
     settings = job.preset.distill
     start = job.input("unified.sft") / "model"
     model = load_policy(start)
-    trainer = Trainer(
-        model, Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
-    )
+    schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
+    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
     history = asyncio.run(_Loop(job, trainer, ChatTokenizer(start)).run())
     save_policy(model, job.out / "model", tokenizer=start)
     return {"kl_first": history[0], "kl_last": history[-1]}

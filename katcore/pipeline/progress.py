@@ -10,6 +10,7 @@ from typing import Any
 
 from katcore.pipeline.plan import Plan, StageSpec
 
+CURVE = "curve.jsonl"
 _EVERY_S = 0.3
 _TRACK_EVERY_S = 5.0
 
@@ -17,8 +18,8 @@ _TRACK_EVERY_S = 5.0
 class Progress:
     """Reports of one running stage.
 
-    `progress.json` holds the last state and is replaced whole. Numbers go to an MLflow run that is opened
-    with the first of them, in batches.
+    `progress.json` holds the last state and is replaced whole. Numbers go to `out/curve.jsonl`, and in
+    batches to an MLflow run that is opened with the first of them.
     """
 
     def __init__(self, spec: StageSpec, work: Path, plan: Plan) -> None:
@@ -43,6 +44,8 @@ class Progress:
         self._first_step = step if self._first_step is None else self._first_step
         if metrics:
             self._pending.append((step, dict(metrics)))
+            with (self._work / "out" / CURVE).open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
         if now - self._written_s > _EVERY_S or step + 1 == steps:
             done = step - self._first_step
             left_s = (now - self._started_s) / done * (steps - step - 1) if done else None

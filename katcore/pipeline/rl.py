@@ -32,7 +32,7 @@ def run(job: Job) -> dict[str, float]:
     schedule = Schedule(
         settings.lr, settings.steps * settings.minibatches, final_lr=settings.final_lr
     )
-    trainer = Trainer(model, schedule)
+    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
     loop = _Loop(job, trainer, ChatTokenizer(start))
     rewards = asyncio.run(loop.run())
     save_policy(model, job.out / "model", tokenizer=start)

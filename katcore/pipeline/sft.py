@@ -35,7 +35,7 @@ def run(job: Job) -> dict[str, float]:
 
     checkpoint = job.work / "checkpoint.pt"
     fit(
-        Trainer(model, schedule),
+        Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens),
         usable,
         settings,
         seed=job.seed,

@@ -22,7 +22,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from katcore.config import Preset, home
-from katcore.errors import StageError
+from katcore.errors import StageBusyError, StageError
 from katcore.pipeline.plan import Plan, StageSpec
 from katcore.pipeline.progress import Progress
 from katcore.plugin import Plugins
@@ -131,7 +131,7 @@ def _publish(job: Job, plan: Plan, path: Path, metrics: dict[str, float], starte
         "files": {
             str(file.relative_to(job.out)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(job.out.rglob("*"))
-            if file.is_file()
+            if file.is_file() and file != job.out / "manifest.json"
         },
     }
     (job.out / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str))
@@ -167,7 +167,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StageError(
+            raise StageBusyError(
                 f"{path.parent.name} is being run by another process; wait for it"
             ) from error
         yield

@@ -9,10 +9,12 @@ from rich.table import Table
 from katcore.config import home
 from katcore.errors import StageError
 from katcore.pipeline.gate import COLUMNS
+from katcore.pipeline.page import write_page
 from katcore.pipeline.plan import UNIFIED, Plan
 from katcore.pipeline.stage import stage_path
 
 LAST = "last-run.json"
+REPORT = "report"
 
 
 def last_report() -> dict[str, Any]:
@@ -31,15 +33,17 @@ def last_report() -> dict[str, Any]:
 
 
 def remember(plan: Plan) -> None:
-    """Note a finished run as the last one."""
+    """Note a finished run as the last one, and write its pages."""
     models = {}
     for name in (*plan.experts, UNIFIED):
         version = json.loads((stage_path(plan, f"{name}.register") / "version.json").read_bytes())
         models[version["name"]] = version["version"]
-    content = {"gate": str(stage_path(plan, f"{UNIFIED}.gate")), "models": models}
+    gate = stage_path(plan, f"{UNIFIED}.gate")
+    content = {"gate": str(gate), "models": models}
     temporary = home() / f"{LAST}.tmp"
     temporary.write_text(json.dumps(content))
     temporary.replace(home() / LAST)
+    write_page(gate, home() / REPORT, models)
 
 
 def where_to_look(report: dict[str, Any]) -> list[str]:
@@ -47,6 +51,7 @@ def where_to_look(report: dict[str, Any]) -> list[str]:
     models = ", ".join(f"{name} v{version}" for name, version in report["models"].items())
     return [
         f"registered models: {models}",
+        f"page with curves and rollouts: {home() / REPORT / 'index.html'}",
         f"curves and models: `kat up`, then http://127.0.0.1:5000 (MLflow; data in {home()}/mlflow.db)",
         f"rollouts: {home()}/stages/*/*/rollouts.jsonl",
     ]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from katcore.schema.call import Message, ModelCall, Sampling
 
@@ -36,11 +36,11 @@ class _Message(BaseModel):
 class _Request(BaseModel):
     model_config = ConfigDict(extra="ignore")
     messages: list[_Message]
-    stream: bool = False
-    n: Literal[1] = 1
-    temperature: float = 1.0
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    stream: bool | None = None
+    n: Literal[1] | None = None
+    temperature: float | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
 
 
@@ -54,12 +54,14 @@ def parse(body: bytes) -> tuple[tuple[Message, ...], Sampling, bool]:
         request = _Request.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or "body"
+        raise BadRequest(f"{field}: {first['msg']}") from error
     if not request.messages:
         raise BadRequest("messages: at least one is needed")
     limit = request.max_completion_tokens or request.max_tokens or 1 << 30
     messages = tuple(message.record() for message in request.messages)
-    return messages, Sampling(request.temperature, limit, request.seed), request.stream
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return messages, Sampling(temperature, limit, request.seed), bool(request.stream)
 
 
 def answer(call: ModelCall, model: str, num_prompt: int) -> dict[str, Any]:

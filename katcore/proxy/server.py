@@ -10,9 +10,10 @@ from pathlib import Path
 from aiohttp import web
 
 from katcore.errors import EngineError, InfrastructureError, ProxyError
+from katcore.protocols import Engine
 from katcore.proxy import chat_completions
 from katcore.proxy.session import BudgetExhausted, Session, SessionSpec
-from katcore.schema.call import EngineRequest, Message, ModelCall, Sampling
+from katcore.schema.call import EngineRequest, Generation, Message, ModelCall, Sampling
 from katcore.schema.rollout import ModelEndpoint
 from katcore.trajectory.calls import CallLog
 
@@ -104,11 +105,8 @@ class Proxy:
         try:
             prompt = session.prompt(messages)
             ids = prompt.shared_ids + prompt.new_ids
-            generation = await session.spec.engine.generate(
-                EngineRequest(session.spec.session_id, ids, used, messages)
-            )
-            if len(generation.ids) != len(generation.logprobs):
-                raise EngineError("the engine gave unequal numbers of ids and log-probabilities")
+            request = EngineRequest(session.spec.session_id, ids, used, messages)
+            generation = await _generate(session.spec.engine, request)
             call = ModelCall(
                 uuid.uuid4().hex,
                 session.spec.session_id,
@@ -128,6 +126,18 @@ class Proxy:
         finally:
             session.num_open -= 1
         return call, len(ids)
+
+
+async def _generate(engine: Engine, request: EngineRequest) -> Generation:
+    try:
+        generation = await engine.generate(request)
+    except InfrastructureError:
+        raise
+    except Exception as error:
+        raise EngineError(f"the engine failed: {error!r}") from error
+    if len(generation.ids) != len(generation.logprobs):
+        raise EngineError("the engine gave unequal numbers of ids and log-probabilities")
+    return generation
 
 
 def _json(body: object) -> str:

@@ -4,22 +4,12 @@ import fcntl
 import logging
 import os
 from functools import cache
-from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
 
 from katcore.config import home
-
-
-def tracking_uri(root: Path) -> str:
-    """The URI of the store under a home folder."""
-    return f"sqlite:///{root / 'mlflow.db'}"
-
-
-def artefact_root(root: Path) -> Path:
-    """Where the artefacts of new experiments go."""
-    return root / "mlartifacts"
+from katcore.registry.location import artefact_root, tracking_uri
 
 
 @cache

@@ -4,6 +4,7 @@ Syntax: https://docs.docker.com/reference/dockerfile/. Whatever is outside the s
 that names the line, never ignored: an environment that silently lacks a step is another environment.
 """
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from katcore.errors import TaskError
 
 _SUBSET = "FROM, COPY, RUN, ENV, WORKDIR"
+_LITERAL = re.compile(r"'[^']*'|\\\$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ def _instructions(text: str) -> list[tuple[int, str, str]]:
             verb, _, rest = pending.strip().partition(" ")
             found.append((start, verb, rest.strip()))
             pending = ""
+    if pending:
+        verb, _, rest = pending.strip().partition(" ")
+        found.append((start, verb, rest.strip()))
     return found
 
 
@@ -79,6 +84,8 @@ def _step(path: Path, line: int, verb: str, rest: str) -> Step:
         words = tuple(shlex.split(rest))
     except ValueError as error:
         raise TaskError(f"{where}: {error}") from error
+    if "$" in _LITERAL.sub("", rest):
+        raise TaskError(f"{where}: {verb}: variables are not replaced here; write their values")
     if any(word.startswith("--") for word in words):
         raise TaskError(f"{where}: {verb} with flags is not supported here")
     if verb == "COPY" and len(words) < 2:

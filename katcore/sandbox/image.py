@@ -119,7 +119,9 @@ class ImageStore:
             for step in dockerfile.steps:
                 if step.verb == "WORKDIR":
                     workdir = posixpath.join(workdir, step.arguments[0])
-                    _inside(top, workdir).mkdir(parents=True, exist_ok=True)
+                    folder_inside = _inside(top, workdir)
+                    _refuse_link(top, folder_inside, step)
+                    folder_inside.mkdir(parents=True, exist_ok=True)
                 elif step.verb == "ENV":
                     env |= dict(word.split("=", 1) for word in step.arguments)
                 elif step.verb == "COPY":
@@ -168,6 +170,16 @@ def _inside(top: Path, path: str) -> Path:
     return top / posixpath.normpath(posixpath.join("/", path)).lstrip("/")
 
 
+def _refuse_link(top: Path, path: Path, step: Step) -> None:
+    """What is written through a link would land in the machine's own files."""
+    for part in (path, *path.parents):
+        if part == top:
+            return
+        if part.is_symlink():
+            link = f"/{part.relative_to(top)}"
+            raise TaskError(f"Dockerfile:{step.line}: {step.verb} leads through the link {link}")
+
+
 def _copy(step: Step, environment: Path, top: Path, workdir: str) -> None:
     *sources, destination = step.arguments
     target = _inside(top, posixpath.join(workdir, destination))
@@ -177,9 +189,12 @@ def _copy(step: Step, environment: Path, top: Path, workdir: str) -> None:
         if not path.resolve().is_relative_to(environment.resolve()) or not path.exists():
             raise TaskError(f"{environment}/Dockerfile:{step.line}: COPY: no {source!r} here")
         if path.is_dir():
+            for item in (path, *path.rglob("*")):
+                _refuse_link(top, target / item.relative_to(path), step)
             shutil.copytree(path, target, symlinks=True, dirs_exist_ok=True)
             continue
-        file = target / path.name if into_folder else target
+        file = target / path.name if into_folder or target.is_dir() else target
+        _refuse_link(top, file, step)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, file, follow_symlinks=False)
 

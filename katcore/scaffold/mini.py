@@ -105,5 +105,5 @@ async def _ask(
                 raise ScaffoldError(f"HTTP {response.status}: {content['error']['message']}")
             choice = content["choices"][0]
             return choice["message"]["content"], choice["finish_reason"]
-    except (aiohttp.ClientError, KeyError, ValueError) as error:
+    except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
         raise ScaffoldError(f"no chat completion from the endpoint: {error!r}") from error

@@ -1,8 +1,10 @@
 """The base model: a tokenizer and generic pretraining that know nothing of the installed experts.
 
-Three sources in each step: windows of the source text of Python's standard library; drills
-(`katcore.train.drill`), of which only the assistant's tokens are trained; and random ids said twice, of
-which only the second saying is trained (what induction heads are made of, arXiv 2209.11895).
+The first steps have nothing but the shortest drills (`katcore.train.drill`), of which only the assistant's
+tokens are trained: copying is what takes longest to learn, and it is learnt soonest where nothing else is.
+Then each step has three sources: windows of the source text of Python's standard library; drills of all
+kinds; and random ids said twice, of which only the second saying is trained (what induction heads are made
+of, arXiv 2209.11895).
 """
 
 import random
@@ -58,7 +60,11 @@ def train_base(
     streams = _Streams(tokenizer, texts, words)
     while trainer.step_number < settings.steps:
         step = trainer.step_number
-        rows = streams.draw(settings, seed * 1_000_003 + step)
+        number = seed * 1_000_003 + step
+        if step < settings.first_steps:
+            rows = streams.draw_first(settings, number)
+        else:
+            rows = streams.draw(settings, number)
         report(step, trainer.update(rows, Sft()))
         if (step + 1) % 50 == 0:
             trainer.save(work / "checkpoint.pt")
@@ -91,6 +97,11 @@ class _Streams:
         self._text_ids: list[int] = []
         for text in texts:
             self._text_ids += tokenizer.encode(text).ids
+
+    def draw_first(self, settings: BaseTrainingSettings, seed: int) -> list[Sample]:
+        """A step's rows in the beginning."""
+        drills = Drills(self._words, seed)
+        return [self._conversation(drills.draw_first()) for _ in range(settings.first_drills)]
 
     def draw(self, settings: BaseTrainingSettings, seed: int) -> list[Sample]:
         """A step's rows; they depend on the seed alone."""

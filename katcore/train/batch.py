@@ -14,6 +14,9 @@ from torch import Tensor
 
 from katcore.schema.sample import Sample
 
+_WORTHWHILE = 768
+"""Tokens from which on a smaller batch costs less than padding."""
+
 
 @dataclass(frozen=True, slots=True)
 class TreeBatch:
@@ -109,11 +112,17 @@ def num_leaves(sample: Sample) -> int:
 def micro_batches(
     samples: Sequence[Sample], *, max_tokens: int, by: Callable[[Sample], str]
 ) -> Iterator[list[Sample]]:
-    """Groups of samples of like length and equal `by`, at most `max_tokens` padded tokens in each."""
+    """Groups of samples of like length and equal `by`, at most `max_tokens` padded tokens in each.
+
+    A group of `_WORTHWHILE` tokens takes no sample that is a quarter longer than its shortest: padding is
+    computed like any token.
+    """
     group: list[Sample] = []
     for sample in sorted(samples, key=lambda sample: (by(sample), len(sample.tokens))):
-        is_full = len(sample.tokens) * (len(group) + 1) > max_tokens
-        if group and (is_full or by(group[0]) != by(sample)):
+        length, shortest = len(sample.tokens), len(group[0].tokens) if group else 0
+        is_full = length * (len(group) + 1) > max_tokens
+        is_wasteful = length > 1.25 * shortest and shortest * len(group) >= _WORTHWHILE
+        if group and (is_full or is_wasteful or by(group[0]) != by(sample)):
             yield group
             group = []
         group.append(sample)

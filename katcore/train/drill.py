@@ -30,6 +30,10 @@ class Drills:
         """One conversation."""
         return self._random.choice(self._kinds)()
 
+    def draw_first(self) -> Conversation:
+        """One of the two shortest kinds: all that is to learn there is to copy."""
+        return self._random.choice((self._copy, self._copy, self._recall))()
+
     def _word(self) -> str:
         """A word, a made-up word, a number or a file name."""
         pick = self._random.random()

@@ -1,11 +1,15 @@
 """The policy: a causal language model in a Hugging Face folder, its weights and its log-probabilities.
 
-Initialisation departs from the Hugging Face default: at a width of 128 a standard deviation of 0.02
-learns next to nothing, so linear layers start at 1/sqrt(fan_in), layers that write to the residual
-stream at 1/sqrt(2 L fan_in), and embeddings at 1.
+Initialisation departs from the Hugging Face default, for models that have minutes to learn to copy. At a
+width of 128 a standard deviation of 0.02 learns next to nothing, so linear layers start at 1/sqrt(fan_in) and
+layers that write to the residual stream at 1/sqrt(2 L fan_in) or, behind the MLP, at 0. Embeddings are tied:
+what a head copies comes out as the token it was. And two heads of the first layer start by attending to the
+token before and the one before that (`_attend_backwards`), the first half of an induction circuit (arXiv
+2209.11895). tests/train/test_policy.py shows that they do; docs/experiments.md has what each is worth.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+_BACKWARDS = 7.0
+"""Bias of a head that attends backwards: some six nats above the neighbouring tokens at a head size of 32."""
 
 
 def new_policy(settings: ModelSettings, *, vocabulary: int, end_id: int, seed: int) -> Any:
@@ -37,22 +43,47 @@ def new_policy(settings: ModelSettings, *, vocabulary: int, end_id: int, seed: i
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
         max_position_embeddings=settings.context,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
+        attention_bias=True,
         bos_token_id=None,
         eos_token_id=end_id,
         pad_token_id=0,
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.Linear):
+    nn.init.normal_(model.model.embed_tokens.weight, std=settings.hidden**-0.5)
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
             std = module.in_features**-0.5
-            if name.endswith(("o_proj", "down_proj")):
+            if name.endswith("o_proj"):
                 std /= (2 * settings.layers) ** 0.5
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=0.0 if name.endswith("down_proj") else std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    _attend_backwards(model.model.layers[0].self_attn, (1, 2), config)
     return model
+
+
+def _attend_backwards(attention: Any, distances: Sequence[int], config: LlamaConfig) -> None:
+    """Bias the first heads so that each attends to the token `distance` before.
+
+    Rotary embedding turns the key's bias b by its place s and the query's b exp(-i d w) by its place p; their
+    product, the sum of |b|^2 cos((p - s - d) w) over the frequencies w, is greatest at p - s = d. The weights
+    of these heads start small, so that what the tokens are matters less than where.
+    """
+    size = config.hidden_size // config.num_attention_heads
+    half = size // 2
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    share = config.num_attention_heads // config.num_key_value_heads
+    with torch.no_grad():
+        for head, distance in enumerate(distances[: config.num_attention_heads]):
+            key = head // share * size
+            attention.k_proj.bias[key : key + half] = _BACKWARDS
+            turn, start = distance * frequencies, head * size
+            attention.k_proj.weight[key : key + size] *= 0.1
+            attention.q_proj.weight[start : start + size] *= 0.1
+            attention.q_proj.bias[start : start + half] = _BACKWARDS * turn.cos()
+            attention.q_proj.bias[start + half : start + size] = -_BACKWARDS * turn.sin()
 
 
 def limit_threads(num: int) -> None:

@@ -10,7 +10,11 @@ from katcore.schema.rollout import Trajectory, Verdict
 from katcore.schema.task import Task
 
 REWARD_PATH = "/logs/verifier/reward.txt"
-_RESET = "rm -rf /tests /logs; mkdir -p /tests /logs/verifier"
+_UNLOCK = r"find /tests /logs -type d -exec chmod u+rwx {} \;"
+_RESET = (
+    f"rm -rf /tests /logs 2>/dev/null || {{ {_UNLOCK}; rm -rf /tests /logs; }};"
+    " mkdir -p /tests /logs/verifier"
+)
 
 
 class TestScriptConfig(BaseModel):

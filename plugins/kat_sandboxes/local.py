@@ -106,20 +106,35 @@ class LocalSandbox:
     async def _ask(
         self, do: str, head: dict[str, Any], body: bytes = b"", *, timeout_s: float = 60.0
     ) -> tuple[dict[str, Any], bytes]:
-        if self._writer is None:
-            raise SandboxGoneError("the sandbox is not open")
-        async with self._lock:
-            try:
-                self._writer.write(frame.pack({"do": do, **head}, body))
-                await self._writer.drain()
-                reply = await self._receive(timeout_s + 30)
-            except (OSError, asyncio.IncompleteReadError) as error:
-                raise SandboxGoneError(f"the sandbox died during {do}") from error
+        """Ask and wait. One that is cancelled is still answered, before the next is asked."""
+        await self._lock.acquire()
+        exchange = asyncio.create_task(self._exchange({"do": do, **head}, body, timeout_s + 30))
+        exchange.add_done_callback(self._exchanged)
+        reply = await asyncio.shield(exchange)
         if reply[0].get("error") == "os":
             raise OSError(reply[0]["errno"], reply[0]["reason"])
+        if reply[0].get("error") == "value":
+            raise ValueError(reply[0]["reason"])
         if reply[0].get("error") == "setup":
             raise SandboxGoneError(f"the sandbox failed: {reply[0]['reason']}")
         return reply
+
+    def _exchanged(self, exchange: "asyncio.Task[tuple[dict[str, Any], bytes]]") -> None:
+        self._lock.release()
+        if not exchange.cancelled():
+            exchange.exception()
+
+    async def _exchange(
+        self, head: dict[str, Any], body: bytes, timeout_s: float
+    ) -> tuple[dict[str, Any], bytes]:
+        if self._writer is None:
+            raise SandboxGoneError("the sandbox is not open")
+        try:
+            self._writer.write(frame.pack(head, body))
+            await self._writer.drain()
+            return await self._receive(timeout_s)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise SandboxGoneError(f"the sandbox died during {head['do']}") from error
 
     async def _receive(self, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         assert self._reader

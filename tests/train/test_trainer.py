@@ -27,7 +27,7 @@ def trainer(max_tokens: int = 8192) -> Trainer:
     return Trainer(small_model(), Schedule(1e-2, 60, 5, 0.1), max_tokens=max_tokens)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -36,7 +36,7 @@ def run(checkpoint: Path, *, stop_at: int | None = None) -> Trainer:
 
     def report(step: int, metrics: dict[str, float]) -> None:
         if step == stop_at:
-            raise Killed
+            raise KilledError
 
     fit(made, samples(), SETTINGS, seed=1, checkpoint=checkpoint, report=report)
     return made
@@ -48,7 +48,7 @@ def weights(made: Trainer) -> torch.Tensor:
 
 def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole.pt")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path / "cut.pt", stop_at=55)
     resumed = run(tmp_path / "cut.pt")
     assert torch.equal(weights(whole), weights(resumed))

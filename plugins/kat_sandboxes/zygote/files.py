@@ -37,7 +37,7 @@ class Root:
                     tar.addfile(entry)
                 else:
                     with contextlib.suppress(FileNotFoundError):
-                        tar.add(f"/{path}", path, recursive=False)
+                        _add(tar, path)
         return buffer.getvalue()
 
     def _changed(self, folder: str) -> Iterator[tuple[str, bool]]:
@@ -51,7 +51,8 @@ class Root:
             yield path, False
             mode = os.stat(path, dir_fd=self._upper, follow_symlinks=False).st_mode
             if stat.S_ISDIR(mode):
-                yield from self._changed(path)
+                with _unlocked(f"/{path}"):
+                    yield from self._changed(path)
 
     def _beneath(self, folder: str) -> set[str]:
         return {name for lower in self._lowers for name in self._list(lower, folder)}
@@ -69,8 +70,35 @@ class Root:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _unlocked(path: str) -> Iterator[None]:
+    """Give the owner access meanwhile: without capabilities root too is held to the mode."""
+    mode = os.lstat(path).st_mode
+    needed = 0o700 if stat.S_ISDIR(mode) else 0o400 if stat.S_ISREG(mode) else 0
+    is_locked = mode & needed != needed
+    if is_locked:
+        os.chmod(path, stat.S_IMODE(mode) | needed)
+    try:
+        yield
+    finally:
+        if is_locked:
+            os.chmod(path, stat.S_IMODE(mode))
+
+
+def _add(tar: tarfile.TarFile, path: str) -> None:
+    entry: tarfile.TarInfo | None = tar.gettarinfo(f"/{path}", path)
+    if entry is None:  # a socket, which no archive can hold
+        return
+    if entry.isreg():
+        with _unlocked(f"/{path}"), open(f"/{path}", "rb") as file:
+            tar.addfile(entry, file)
+    else:
+        tar.addfile(entry)
+
+
 def apply(archive: bytes) -> None:
     """Make the changes of an archive to this root."""
+    folders: list[tarfile.TarInfo] = []
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             path = f"/{member.name}"
@@ -82,4 +110,10 @@ def apply(archive: bytes) -> None:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
             if DELETED not in member.pax_headers:
-                tar.extract(member, "/", filter="fully_trusted")
+                tar.extract(member, "/", set_attrs=not member.isdir(), filter="fully_trusted")
+            if member.isdir():
+                os.chmod(path, 0o700)
+                folders.append(member)
+        for member in reversed(folders):
+            tar.chmod(member, f"/{member.name}")
+            tar.utime(member, f"/{member.name}")

@@ -4,11 +4,13 @@ Nothing that runs in the sandbox can look into this process (it is not dumpable)
 """
 
 import contextlib
+import errno
 import os
 import resource
 import select
 import signal
 import socket
+import stat
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -148,8 +150,7 @@ class Machine:
         command, self._command = self._command, None
         assert command
         if timed_out:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)
+            self._kill_all()
         for pipe in list(command.pipes):
             command.drain(pipe)
         for pipe in command.pipes:
@@ -158,6 +159,14 @@ class Machine:
         stdout, stderr = bytes(command.output[1]), bytes(command.output[2])
         head |= {"stdout": len(stdout), "truncated": command.is_truncated}
         self._channel.sendall(frame.pack(head, stdout + stderr))
+
+    def _kill_all(self) -> None:
+        """Returns when nothing is left, so that what comes next has the whole process limit."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                self._python.exited(os.waitpid(-1, 0)[0], 128 + signal.SIGKILL)
 
     def _request(self) -> bool:
         message = frame.receive(self._channel)
@@ -168,6 +177,8 @@ class Machine:
             reply = getattr(self, f"_do_{head['do']}")(head, body)
         except OSError as error:
             reply = frame.pack({"error": "os", "errno": error.errno, "reason": str(error)})
+        except ValueError as error:
+            reply = frame.pack({"error": "value", "reason": str(error)})
         if reply:
             self._channel.sendall(reply)
         return True
@@ -192,9 +203,11 @@ class Machine:
                 stderr=ends[1],
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             for pipe in pipes:
                 os.close(pipe)
+            if isinstance(error, ValueError):
+                raise
             reason = f"{head['argv'][0]}: {error.strerror}\n".encode()
             missing = {"code": 127, "stdout": 0, "truncated": False}
             return frame.pack(missing, reason)
@@ -206,12 +219,14 @@ class Machine:
         return b""
 
     def _do_read(self, head: dict[str, Any], body: bytes) -> bytes:
-        with open(head["path"], "rb") as file:
+        with open(head["path"], "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, f"{head['path']}: not a regular file")
             return frame.pack({"ok": True}, file.read())
 
     def _do_write(self, head: dict[str, Any], body: bytes) -> bytes:
         os.makedirs(os.path.dirname(head["path"]) or "/", exist_ok=True)
-        with open(head["path"], "wb") as file:
+        with open(head["path"], "wb", opener=_at_once) as file:
             file.write(body)
         return frame.pack({"ok": True})
 
@@ -221,6 +236,11 @@ class Machine:
     def _do_apply(self, head: dict[str, Any], body: bytes) -> bytes:
         files.apply(body)
         return frame.pack({"ok": True})
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _which(program: str, env: dict[str, str]) -> str:

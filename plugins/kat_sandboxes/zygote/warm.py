@@ -4,12 +4,14 @@ The sandbox's `python3` is a shell script (`CLIENT`) that connects to pid 1 and 
 pytest and the common modules imported already, forks; the child takes over the client's open files, working
 folder, environment and arguments, and runs. Options that would change how the interpreter starts (-O, -X, -I,
 ...) are answered with `exec`: the client then becomes the real interpreter.
+
+The client lends copies of its open files, 6 to 8: while bash writes to its connection, its own 1 is that.
 """
 
 import atexit
 import contextlib
+import errno
 import gc
-import io
 import os
 import random
 import runpy
@@ -25,11 +27,17 @@ from kat_sandboxes.zygote import kernel
 PORT = 7
 """On the sandbox's own loopback, which nobody else can reach."""
 
+_LENT = 6
+_MAX_CLIENTS, _MAX_REQUEST = 256, 4 << 20
+
 CLIENT = f"""#!/bin/bash
-if ! exec 9<>/dev/tcp/127.0.0.1/{PORT}; then exec %s "$@"; fi 2>/dev/null
+exec 8>&2 2>/dev/null
+exec 6<&0; exec 7>&1
+exec 9<>/dev/tcp/127.0.0.1/{PORT} || exec %s "$@" 2>&8 6<&- 7>&- 8>&-
+exec 2>&8
 printf '%%s\\0' "$$" "$#" "$@" >&9
 read -r -u 9 code
-[ "$code" = exec ] && exec 9>&- && exec %s "$@"
+[ "$code" = exec ] && exec %s "$@" 6<&- 7>&- 8>&- 9>&-
 exit "${{code:-137}}"
 """
 
@@ -78,10 +86,8 @@ class Python:
     def handle(self, ready: socket.socket) -> None:
         """A client came, said something, or left."""
         if ready is self._listener:
-            client = ready.accept()[0]
-            self._waiting[client] = bytearray()
-            ready = client
-            client.setblocking(True)
+            self._accept()
+            return
         pid = next((pid for pid, client in self._running.items() if client is ready), None)
         if pid is not None:
             self._left(pid)
@@ -89,17 +95,21 @@ class Python:
         data = self._waiting.get(ready)
         if data is None:
             return
-        with contextlib.suppress(OSError):
+        try:
             piece = ready.recv(1 << 16)
             data += piece
             words = bytes(data).split(b"\0")[:-1]
-            if piece and (len(words) < 2 or len(words) < 2 + int(words[1])):
+            is_whole = len(words) >= 2 and len(words) >= 2 + int(words[1])
+            if piece and not is_whole and len(data) < _MAX_REQUEST:
                 return
             del self._waiting[ready]
-            if piece:
+            if is_whole:
                 self._start(ready, int(words[0]), [os.fsdecode(word) for word in words[2:]])
             else:
                 ready.close()
+        except (OSError, ValueError):  # it left, or is no client of ours, or no process can be had
+            self._waiting.pop(ready, None)
+            ready.close()
 
     def exited(self, pid: int, code: int) -> None:
         """Tell the client, if `pid` ran for one."""
@@ -108,6 +118,15 @@ class Python:
             with contextlib.suppress(OSError):
                 client.sendall(b"%d\n" % code)
             client.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            client = self._listener.accept()[0]
+            if len(self._waiting) + len(self._running) < _MAX_CLIENTS:
+                client.setblocking(True)
+                self._waiting[client] = bytearray()
+            else:
+                client.close()
 
     def _left(self, pid: int) -> None:
         self._running.pop(pid).close()
@@ -121,9 +140,7 @@ class Python:
             return
         pid = os.fork()
         if pid == 0:
-            _become(
-                caller, arguments, self._path, [*self._private, self._listener, *self.watched()]
-            )
+            _become(caller, arguments, self._path, [*self._private, client, *self.watched()])
         self._running[pid] = client
 
 
@@ -134,7 +151,7 @@ def _become(caller: int, arguments: list[str], path: list[str], private: list[Cl
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in range(3):
-            borrowed = kernel.borrow_descriptor(caller, number)
+            borrowed = _borrow(caller, _LENT + number)
             os.dup2(borrowed, number, inheritable=True)
             os.close(borrowed)
         os.chdir(f"/proc/{caller}/cwd")
@@ -142,6 +159,7 @@ def _become(caller: int, arguments: list[str], path: list[str], private: list[Cl
             pairs = [pair.split(b"=", 1) for pair in file.read().split(b"\0") if b"=" in pair]
         for item in private:
             item.close()
+        os.closerange(3, 1024)
         kernel.set_dumpable(is_dumpable=True)
         os.environ.clear()
         os.environ.update({os.fsdecode(name): os.fsdecode(value) for name, value in pairs})
@@ -151,6 +169,7 @@ def _become(caller: int, arguments: list[str], path: list[str], private: list[Cl
         for name in ("stdin", "stdout", "stderr"):
             setattr(sys, f"__{name}__", getattr(sys, name))
         sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(":")), *path]
+        sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
         random.seed()
         gc.enable()
         code = _run(arguments)
@@ -163,6 +182,15 @@ def _become(caller: int, arguments: list[str], path: list[str], private: list[Cl
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code & 0xFF)
+
+
+def _borrow(caller: int, number: int) -> int:
+    try:
+        return kernel.borrow_descriptor(caller, number)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        return os.open(os.devnull, os.O_RDWR)
 
 
 def _run(arguments: list[str]) -> int:
@@ -178,12 +206,13 @@ def _run(arguments: list[str]) -> int:
         for _ in range(2):
             trace = trace.tb_next if trace else None
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return 1
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
 def _execute(arguments: list[str]) -> None:
     main: Any = types.ModuleType("__main__")
+    source: str | bytes
     sys.modules["__main__"] = main
     kind = arguments[0] if arguments else "-"
     if kind == "-m":
@@ -198,19 +227,18 @@ def _execute(arguments: list[str]) -> None:
         source, name, sys.argv = sys.stdin.read(), "<stdin>", arguments or [""]
         sys.path.insert(0, "")
     else:
-        name, sys.argv = kind, arguments
-        source = _source(kind)
+        name = kind if kind.startswith("/") else f"{os.getcwd()}/{kind}"
+        source, sys.argv = _source(kind), arguments
         sys.path.insert(0, os.path.dirname(os.path.realpath(kind)))
-        main.__file__ = kind
+        main.__file__ = name
     exec(compile(source, name, "exec"), main.__dict__)
 
 
-def _source(path: str) -> str:
+def _source(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         why = f"[Errno {error.errno}] {error.strerror}"
         sys.stderr.write(f"python3: can't open file {os.path.abspath(path)!r}: {why}\n")
         raise SystemExit(2) from None
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()

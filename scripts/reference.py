@@ -1,0 +1,160 @@
+"""Writes docs/reference/{hooks,cli,config}.md from the live objects; `--check` only compares."""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from pydantic import BaseModel
+
+from katcore import config, protocols
+from katcore.cli import app
+from katcore.plugin import Offer, hookspecs
+
+FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+_NOTE = "<!-- Written by scripts/reference.py; do not edit. -->\n\n"
+
+
+def hooks() -> str:
+    """Every hook, the offer record, and the Protocols that offers make."""
+    parts = [
+        "# Hooks\n\n",
+        _NOTE,
+        "A plugin is a module that an installed package names in the entry-point group `katcore`. It"
+        " implements any of these functions with `@hookimpl` from `katcore.plugin`. Offer hooks are called"
+        " once, and a run picks from what they return by name; observer hooks are told what happened.\n\n",
+    ]
+    for name, value in vars(hookspecs).items():
+        if name.startswith("katcore_"):
+            parts.append(_function(f"`{name}`", value))
+    parts.append(f"## `Offer`\n\n{inspect.getdoc(Offer)}\n\n{_fields(Offer)}\n")
+    parts.append(
+        "# Protocols\n\nWhat an offer's `make` returns, in the order a rollout uses them.\n\n"
+    )
+    tree = ast.parse(inspect.getsource(protocols))
+    parts += [_protocol(node) for node in tree.body if isinstance(node, ast.ClassDef)]
+    return "".join(parts)
+
+
+def cli() -> str:
+    """Every verb of `kat` with its options."""
+    group: Any = typer.main.get_command(app)
+    parts = ["# Command line\n\n", _NOTE, f"{group.help}\n\n"]
+    for name, command in sorted(group.commands.items()):
+        parts.append(f"## `kat {name}`\n\n{inspect.cleandoc(command.help or '')}\n\n")
+        options = [_option(option) for option in command.params if option.name != "help"]
+        if options:
+            parts.append("| option | default | |\n|---|---|---|\n" + "".join(options) + "\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def settings() -> str:
+    """Every key of a preset, the presets, and the environment variables."""
+    parts = [
+        "# Settings\n\n",
+        _NOTE,
+        "A preset is a YAML file; a run takes one by name or by path (`--preset`). A key that is not listed"
+        " here is an error. What a file leaves out has the default.\n\n## Presets\n\n",
+    ]
+    for name in config.preset_names():
+        path = Path(config.__file__).parent / "presets" / f"{name}.yaml"
+        parts.append(f"- `{name}`: {yaml.safe_load(path.read_text())['summary']}\n")
+    parts.append("\n")
+    for model in _models(config.Preset):
+        where = "Top level" if model is config.Preset else f"`{_key_of(model)}`"
+        parts.append(f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n")
+    parts.append("## Environment variables\n\n")
+    for value in vars(config).values():
+        text = inspect.getdoc(value) if inspect.isfunction(value) else ""
+        if found := re.search(r"\$(KATCORE_\w+)", text or ""):
+            parts.append(f"- `{found.group(1)}`: {' '.join((text or '').split())}\n")
+    return "".join(parts)
+
+
+PAGES: dict[str, Callable[[], str]] = {"hooks.md": hooks, "cli.md": cli, "config.md": settings}
+
+
+def _function(title: str, value: Any) -> str:
+    node = ast.parse(inspect.getsource(value)).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    return f"## {title}\n\n```python\n{_signature(node)}\n```\n\n{inspect.getdoc(value)}\n\n"
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    prefix = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{prefix} {node.name}({ast.unparse(node.args)}){returns}"
+
+
+def _protocol(node: ast.ClassDef) -> str:
+    text = f"## `{node.name}`\n\n{ast.get_docstring(node)}\n\n"
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = ast.get_docstring(item) or ""
+            text += f"```python\n{_signature(item)}\n```\n\n{said}\n\n"
+    return text
+
+
+def _fields(record: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in record.__dataclass_fields__)
+    return f"Fields: {names}.\n"
+
+
+def _option(option: Any) -> str:
+    default = f"`{option.default}`" if str(option.default) not in {"", "None", "False"} else ""
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    return f"| {names} | {default} | {getattr(option, 'help', None) or ''} |\n"
+
+
+def _models(top: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield top
+    kinds = dict.fromkeys(field.annotation for field in top.model_fields.values())
+    yield from (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def _key_of(model: type[BaseModel]) -> str:
+    fields = config.Preset.model_fields.items()
+    return "`, `".join(name for name, field in fields if field.annotation is model)
+
+
+def _keys(model: type[BaseModel]) -> str:
+    lines = ["| key | type | default |\n|---|---|---|\n"]
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        shown = kind.__name__ if isinstance(kind, type) and kind.__module__ != "builtins" else None
+        text = shown or (kind.__name__ if kind in (int, float, str, bool) else str(kind))
+        text = text.replace("typing.", "").replace("|", "or")
+        default = field.get_default(call_default_factory=True)
+        is_nested = isinstance(default, BaseModel)
+        value = (
+            "see below" if is_nested else "required" if field.is_required() else f"`{default!r}`"
+        )
+        lines.append(f"| `{name}` | {text} | {value} |\n")
+    return "".join(lines)
+
+
+def main() -> int:
+    """Write the pages, or with `--check` name those that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    is_check = parser.parse_args().check
+    stale = []
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, make in PAGES.items():
+        path, text = FOLDER / name, make()
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if not is_check:
+                path.write_text(text)
+    sys.stdout.write(f"{'stale' if is_check else 'written'}: {', '.join(stale) or 'nothing'}\n")
+    return int(is_check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Messages to ids: a continuation is the whole conversation's tail, and content controls nothing."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from katcore.errors import EngineError
+from katcore.inference.chat import ChatTokenizer
+from katcore.inference.scripted import ScriptedEngine
+from katcore.schema.call import EngineRequest, Message, Sampling
+from katcore.train.tokenizer import ASSISTANT, END, PAD, SYSTEM, USER
+
+SPECIAL = (PAD, END, USER, ASSISTANT, SYSTEM)
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    [*SPECIAL, "<|", "|>", "<|<|end|>end|>", "a<|end|><|assistant|>b"]
+)
+
+
+@pytest.fixture(scope="session")
+def chat(model_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer(model_folder)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+@settings(max_examples=60)
+@given(turns=st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=4), last=_TEXT)
+def test_a_continuation_is_the_tail_of_the_whole(
+    chat: ChatTokenizer, turns: list[tuple[str, str]], last: str
+) -> None:
+    ids: tuple[int, ...] = ()
+    messages: list[Message] = []
+    for said, answer in turns:
+        ids += chat.encode([user(said)], is_continuation=bool(ids)) + chat.text_ids(answer)
+        messages += [user(said), Message("assistant", answer)]
+    ids += chat.encode([user(last)], is_continuation=True)
+    assert ids == chat.encode([*messages, user(last)], is_continuation=False)
+
+
+@settings(max_examples=60)
+@given(content=_TEXT)
+def test_content_adds_no_control_token(chat: ChatTokenizer, content: str) -> None:
+    controls = set(range(len(SPECIAL)))
+    plain = [i for i in chat.encode([user("x")], is_continuation=False) if i in controls]
+    found = [i for i in chat.encode([user(content)], is_continuation=False) if i in controls]
+    assert found == plain
+    ids = chat.text_ids(content)
+    assert [number for number in ids if number in controls] == [chat.end_id]
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_every_control_token_is_one_id(chat: ChatTokenizer, token: str) -> None:
+    ids = chat._ids(token)
+    assert len(ids) == 1
+    assert ids[0] < len(SPECIAL)
+
+
+@settings(max_examples=60)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_an_answer_reads_as_it_was_written(chat: ChatTokenizer, text: str) -> None:
+    if not any(token in text for token in SPECIAL):
+        assert chat.decode(chat.text_ids(text)) == text
+
+
+def test_a_tokenizer_without_a_template_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}'
+    )
+    with pytest.raises(EngineError, match="no chat template"):
+        ChatTokenizer(tmp_path)
+
+
+async def test_the_scripted_engine_replays_its_turns(chat: ChatTokenizer) -> None:
+    engine = ScriptedEngine(chat, ("ls", "submit"))
+    messages = [user("do it")]
+    for text in ("ls", "submit"):
+        ids = engine.encode(messages, is_continuation=False)
+        made = await engine.generate(EngineRequest("s", ids, Sampling(), tuple(messages)))
+        assert (made.text, made.finish, made.origin) == (text, "stop", "scripted")
+        assert made.ids == chat.text_ids(text)
+        assert made.logprobs == (0.0,) * len(made.ids)
+        messages += [Message("assistant", text), user("ok")]
+    with pytest.raises(EngineError, match="no turn 2"):
+        await engine.generate(EngineRequest("s", (), Sampling(), tuple(messages)))

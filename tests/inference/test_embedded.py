@@ -1,0 +1,212 @@
+"""The embedded engine samples from the very distribution that training computes."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from katcore.errors import EngineError
+from katcore.inference.embedded import EmbeddedEngine, open_engine
+from katcore.schema.call import Generation
+from katcore.train.policy import load_policy, logits_at
+from tests.inference.tiny import CONTEXT, request
+
+
+@pytest.fixture
+def engine(model_folder: Path) -> EmbeddedEngine:
+    return open_engine(model_folder, num_slots=4, context=CONTEXT)
+
+
+def prompts(num: int, seed: int = 0) -> list[tuple[int, ...]]:
+    choose = random.Random(seed)
+    return [tuple(choose.choices(range(5, 260), k=choose.randint(1, 30))) for _ in range(num)]
+
+
+def training_logprobs(
+    folder: Path, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float
+) -> torch.Tensor:
+    """What the training pass gives the answer's ids, over the whole sequence at once."""
+    ids = torch.tensor([prompt + answer])
+    length = ids.shape[1]
+    at = torch.arange(len(prompt) - 1, length - 1)
+    mask = torch.ones(1, length, length, dtype=torch.bool).tril()
+    with torch.inference_mode():
+        logits = logits_at(load_policy(folder), ids, torch.arange(length)[None], mask, at)
+    scaled = (logits / (temperature or 1.0)).log_softmax(1)
+    return scaled.gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+async def test_logprobs_are_those_of_the_training_pass(
+    engine: EmbeddedEngine, model_folder: Path, temperature: float
+) -> None:
+    async def converse(session: str, prompt: tuple[int, ...]) -> None:
+        for more in ((), (7, 8, 9), (11,)):
+            prompt += more
+            made = await engine.generate(request(session, prompt, temperature=temperature))
+            wanted = training_logprobs(model_folder, prompt, made.ids, temperature)
+            torch.testing.assert_close(torch.tensor(made.logprobs), wanted, rtol=1e-5, atol=2e-5)
+            prompt += made.ids
+
+    await asyncio.gather(*(converse(f"s{n}", ids) for n, ids in enumerate(prompts(9))))
+
+
+async def test_greedy_is_the_likeliest_token_each_time(
+    engine: EmbeddedEngine, model_folder: Path
+) -> None:
+    (prompt,) = prompts(1)
+    made = await engine.generate(request("s", prompt))
+    policy = load_policy(model_folder)
+    ids = list(prompt)
+    for token in made.ids:
+        with torch.inference_mode():
+            assert int(policy(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+
+
+async def test_many_at_once_equal_one_by_one(model_folder: Path) -> None:
+    wanted = [request(f"s{n}", ids, max_tokens=3 + n % 9) for n, ids in enumerate(prompts(14))]
+    together = open_engine(model_folder, num_slots=5, context=CONTEXT)
+    alone = open_engine(model_folder, num_slots=1, context=CONTEXT)
+    at_once = await asyncio.gather(*map(together.generate, wanted))
+    one_by_one = [await alone.generate(item) for item in wanted]
+    assert [made.ids for made in at_once] == [made.ids for made in one_by_one]
+    for many, one in zip(at_once, one_by_one, strict=True):
+        assert many.logprobs == pytest.approx(one.logprobs, abs=2e-5)
+
+
+class Watched:
+    """How many ids each forward pass takes in."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.widths: list[int] = []
+        forward = engine._forward
+
+        def watched(slots: object, ids_BQ: torch.Tensor, *rest: object) -> torch.Tensor:  # noqa: N803
+            self.widths.append(ids_BQ.shape[1])
+            return forward(slots, ids_BQ, *rest)  # type: ignore[arg-type]
+
+        engine._forward = watched  # type: ignore[method-assign,assignment]
+
+
+async def test_a_turn_costs_only_its_new_tokens(engine: EmbeddedEngine) -> None:
+    prompt = prompts(1)[0] + (5,) * 20
+    first = await engine.generate(request("s", prompt))
+    watched = Watched(engine)
+    longer = (*prompt, *first.ids, 7, 8, 9)
+    await engine.generate(request("s", longer))
+    assert watched.widths[0] == 4, "the last sampled id and three new ones"
+    assert set(watched.widths[1:]) == {1}
+
+
+async def test_what_is_kept_changes_no_answer(model_folder: Path, engine: EmbeddedEngine) -> None:
+    for number, prompt in enumerate(prompts(8)):
+        first = await engine.generate(request(f"s{number % 3}", prompt))
+        longer = (*prompt, *first.ids, 9)
+        kept = await engine.generate(request(f"s{number % 3}", longer))
+        fresh = open_engine(model_folder, num_slots=1, context=CONTEXT)
+        assert kept.ids == (await fresh.generate(request("x", longer))).ids
+
+
+async def test_one_session_may_ask_twice_at_once(engine: EmbeddedEngine) -> None:
+    one, two = prompts(2)
+    apart = [await engine.generate(request("x", one)), await engine.generate(request("y", two))]
+    together = await asyncio.gather(
+        engine.generate(request("s", one)), engine.generate(request("s", two))
+    )
+    assert [made.ids for made in together] == [made.ids for made in apart]
+
+
+async def test_new_weights_forget_what_was_kept(engine: EmbeddedEngine) -> None:
+    (prompt,) = prompts(1, seed=5)
+    first = await engine.generate(request("s", prompt))
+    engine.weights_changed("step-7")
+    with torch.no_grad():
+        engine._model.lm_head.weight.mul_(-1)
+    watched = Watched(engine)
+    second = await engine.generate(request("s", prompt))
+    assert watched.widths[0] == len(prompt)
+    assert (first.policy_version, second.policy_version) == ("0", "step-7")
+    assert first.ids != second.ids
+
+
+async def test_samples_follow_the_distribution(engine: EmbeddedEngine, model_folder: Path) -> None:
+    (prompt,) = prompts(1)
+    draws = await asyncio.gather(
+        *(
+            engine.generate(request(f"s{n}", prompt, temperature=0.5, max_tokens=1))
+            for n in range(400)
+        )
+    )
+    every = tuple(range(engine._chat.vocabulary))
+    logprobs = torch.stack(
+        [training_logprobs(model_folder, prompt, (token,), 0.5)[0] for token in every[::1]]
+    )
+    mean = (logprobs.exp() * logprobs).sum()
+    deviation = ((logprobs.exp() * logprobs**2).sum() - mean**2).sqrt() / 400**0.5
+    seen = sum(made.logprobs[0] for made in draws) / 400
+    assert abs(seen - float(mean)) < 4 * float(deviation)
+    assert len({made.ids for made in draws}) > 3
+
+
+async def test_a_seed_gives_the_same_again(model_folder: Path) -> None:
+    async def draw(seed: int) -> tuple[int, ...]:
+        engine = open_engine(model_folder, num_slots=1, context=CONTEXT, seed=seed)
+        return (await engine.generate(request("s", prompts(1)[0], temperature=1.0))).ids
+
+    assert await draw(1) == await draw(1) != await draw(2)
+
+
+def is_whole(made: Generation, end_id: int) -> bool:
+    has_end = made.ids[-1:] == (end_id,)
+    return has_end == (made.finish == "stop") and end_id not in made.ids[:-1]
+
+
+async def test_an_answer_stops_at_its_end_or_its_limit(engine: EmbeddedEngine) -> None:
+    wanted = [
+        request(f"s{n}", ids, temperature=4.0, max_tokens=40) for n, ids in enumerate(prompts(40))
+    ]
+    made = await asyncio.gather(*map(engine.generate, wanted))
+    assert {item.finish for item in made} == {"stop", "length"}
+    assert all(is_whole(item, engine._chat.end_id) for item in made)
+    assert all(len(item.ids) == 40 for item in made if item.finish == "length")
+    assert all("<|end|>" not in item.text for item in made)
+    assert all(len(item.ids) == len(item.logprobs) for item in made)
+
+
+@pytest.mark.parametrize("room", [-5, 0, 1, 4])
+async def test_the_context_s_end_cuts_the_answer(engine: EmbeddedEngine, room: int) -> None:
+    made = await engine.generate(request("s", (9,) * (CONTEXT - room), max_tokens=50))
+    assert len(made.ids) <= max(room, 0)
+    if engine._chat.end_id not in made.ids:
+        assert (len(made.ids), made.finish) == (max(room, 0), "length")
+
+
+async def test_cancelled_requests_leave_room(engine: EmbeddedEngine) -> None:
+    tasks = [
+        asyncio.create_task(engine.generate(request(f"s{n}", ids, max_tokens=60)))
+        for n, ids in enumerate(prompts(12))
+    ]
+    await asyncio.sleep(0.02)
+    for task in tasks[::2]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(item, Generation) for item in results[1::2])
+    assert all(isinstance(item, asyncio.CancelledError) for item in results[::2])
+    (prompt,) = prompts(1)
+    again = await engine.generate(request("new", prompt))
+    assert again.ids
+    assert not any(slot.is_busy for slot in engine._slots)
+    assert not engine._waiting
+
+
+async def test_a_failure_is_told_to_everyone_and_passes(engine: EmbeddedEngine) -> None:
+    model = engine._model
+    engine._model = None
+    wanted = [request(f"s{n}", ids) for n, ids in enumerate(prompts(9))]
+    results = await asyncio.gather(*map(engine.generate, wanted), return_exceptions=True)
+    assert [type(item) for item in results] == [EngineError] * 9
+    engine._model = model
+    assert (await engine.generate(wanted[0])).ids

@@ -1,0 +1,76 @@
+"""Keys: equal work has equal keys, and whatever changes the work changes them downstream."""
+
+from typing import Any
+
+import pytest
+
+from katcore.config import EvaluateSettings, Preset, RlSettings, SftSettings
+from katcore.errors import ConfigError, PluginError
+from katcore.pipeline import plan
+from katcore.pipeline.plan import build_plan
+from katcore.plugin import Plugins
+
+PRESET = Preset(name="p", summary="")
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.installed()
+
+
+def changed(plugins: Plugins, **settings: Any) -> set[str]:
+    """The stages of another preset whose keys are not the same."""
+    one = build_plan(PRESET, plugins, experts=["terminal"])
+    two = build_plan(PRESET.model_copy(update=settings), plugins, experts=["terminal"])
+    return {name for name, key in one.keys.items() if two.keys[name] != key}
+
+
+def test_the_same_settings_have_the_same_keys(plugins: Plugins) -> None:
+    assert changed(plugins) == set()
+    assert changed(plugins, name="q", summary="x", concurrency=3) == set()
+
+
+def test_inputs_come_before_what_reads_them(plugins: Plugins) -> None:
+    made = build_plan(PRESET, plugins)
+    seen: set[str] = set()
+    for name, spec in made.stages.items():
+        assert seen.issuperset(spec.inputs)
+        seen.add(name)
+
+
+def test_a_setting_changes_its_stage_and_what_comes_after(plugins: Plugins) -> None:
+    after_evaluate = {"terminal.register", "unified.gate", "unified.register"}
+    evaluated = {"terminal.evaluate", "unified.evaluate"} | after_evaluate
+    assert changed(plugins, evaluate=EvaluateSettings(tasks=3)) == evaluated
+    trained = changed(plugins, rl=RlSettings(steps=1))
+    assert {"terminal.rl", "unified.distill"} | evaluated == trained
+    student = changed(plugins, student=SftSettings(steps=1))
+    assert "unified.sft" in student
+    assert not {name for name in student if name.startswith("terminal")}
+
+
+def test_a_seed_is_another_run(plugins: Plugins) -> None:
+    one, two = (build_plan(PRESET, plugins, experts=["terminal"], seed=seed) for seed in (0, 1))
+    assert all(one.keys[name] != two.keys[name] for name in one.stages)
+
+
+def test_code_changes_the_keys(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build_plan(PRESET, plugins, experts=["terminal"])
+    real = plan._code_hash
+    monkeypatch.setattr(
+        plan, "_code_hash", lambda name: name if name == "kat_terminal" else real(name)
+    )
+    after = build_plan(PRESET, plugins, experts=["terminal"])
+    assert before.keys["base"] == after.keys["base"]
+    assert before.keys["terminal.synthesize"] != after.keys["terminal.synthesize"]
+    assert before.keys["unified.gate"] != after.keys["unified.gate"]
+
+
+def test_an_unknown_expert_lists_the_installed(plugins: Plugins) -> None:
+    with pytest.raises(PluginError, match=r"no expert named 'none'; installed: .*terminal"):
+        build_plan(PRESET, plugins, experts=["none"])
+
+
+def test_no_expert_at_all_is_said() -> None:
+    with pytest.raises(ConfigError, match="no expert is installed"):
+        build_plan(PRESET, Plugins({}))

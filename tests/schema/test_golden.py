@@ -1,0 +1,123 @@
+"""Files that were written with an earlier version can still be read: one golden file per record.
+
+A record that changes shape gets a new `schema_version` and a new file; the old file stays.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import katcore.schema
+from katcore.errors import StageError
+from katcore.schema.call import Generation, Message, ModelCall, Sampling
+from katcore.schema.codec import from_json, read_lines, to_json, write_lines
+from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.schema.sample import Sample
+
+GOLDEN = Path(__file__).parent / "golden"
+_CALL = ModelCall(
+    call_id="c2",
+    session_id="r1",
+    parent="c1",
+    num_shared=7,
+    new_prompt_ids=(5, 6, 7),
+    new_messages=(Message("system", "be brief"), Message("user", 'say "é\n"')),
+    generation=Generation((8, 3), (-0.125, -2.5), "ls", "stop", "rl-12", "sampled"),
+    requested=Sampling(0.2, 1 << 30, 5),
+    used=Sampling(1.0, 64, None),
+    started_s=1700000000.25,
+    finished_s=1700000001.5,
+    exact=False,
+    extra={"k": "v"},
+)
+_ROLLOUT = Rollout(
+    id="rl-1.t1.0.abc",
+    task_id="t1",
+    domain="terminal",
+    group="sort",
+    attempt=2,
+    outcome=Outcome.SCORED,
+    trajectory=Trajectory(
+        "rl-1.t1.0.abc",
+        (
+            Turn(-1, (5, 6), (8, 3), (-0.125, -2.5), (Message("user", "x"),), "ls", "rl-12"),
+            Turn(0, (9,), (3,), (-1.0,), (), "", "rl-12", "scripted", "discarded"),
+        ),
+    ),
+    verdict=Verdict(0.5, "half", {"tests": 2.0}),
+    exit_reason="submitted",
+    seconds={"agent": 1.5},
+)
+_SAMPLE = Sample(
+    (5, 6, 8), (-1, 0, 1), (False, False, True), (0.0, 0.0, -0.125), (1, 1, 1),
+    "r1", "t1", "swe", None, "tokenised", "",
+)  # fmt: skip
+RECORDS: dict[str, Any] = {"call-1": _CALL, "rollout-1": _ROLLOUT, "sample": _SAMPLE}
+
+
+def records_with_a_version() -> set[type]:
+    found = set()
+    for module in pkgutil.iter_modules(katcore.schema.__path__):
+        for item in vars(importlib.import_module(f"katcore.schema.{module.name}")).values():
+            if dataclasses.is_dataclass(item) and isinstance(item, type):
+                names = {field.name for field in dataclasses.fields(item)}
+                if "schema_version" in names:
+                    found.add(item)
+    return found
+
+
+def test_every_record_with_a_version_has_a_golden_file_of_that_version() -> None:
+    for record in records_with_a_version():
+        (version,) = (f.default for f in dataclasses.fields(record) if f.name == "schema_version")
+        name = {"ModelCall": "call"}.get(record.__name__, record.__name__.lower())
+        assert (GOLDEN / f"{name}-{version}.json").exists(), record
+        assert type(RECORDS[f"{name}-{version}"]) is record
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_golden_file_reads_as_the_record_and_back(name: str) -> None:
+    golden = (GOLDEN / f"{name}.json").read_bytes().rstrip(b"\n")
+    record = RECORDS[name]
+    assert from_json(type(record), golden) == record
+    assert json.loads(to_json(record)) == json.loads(golden)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_field_is_in_the_golden_file(name: str) -> None:
+    golden = json.loads((GOLDEN / f"{name}.json").read_bytes())
+    assert set(golden) == {field.name for field in dataclasses.fields(RECORDS[name])}
+
+
+def test_no_golden_file_is_forgotten() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(RECORDS)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"call_id": 1}', b"\xff"])
+def test_what_is_no_record_is_an_error(data: bytes) -> None:
+    with pytest.raises(StageError, match="not a valid ModelCall"):
+        from_json(ModelCall, data)
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert write_lines(tmp_path / "x.jsonl", [_SAMPLE, _SAMPLE]) == 2
+    assert list(read_lines(Sample, tmp_path / "x.jsonl")) == [_SAMPLE, _SAMPLE]
+    assert write_lines(tmp_path / "none.jsonl", []) == 0
+    assert list(read_lines(Sample, tmp_path / "none.jsonl")) == []
+
+
+def test_a_record_cannot_be_changed() -> None:
+    for record in RECORDS.values():
+        name = dataclasses.fields(record)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, None)
+
+
+def test_only_a_scored_rollout_has_a_reward() -> None:
+    for outcome in Outcome:
+        rollout = dataclasses.replace(_ROLLOUT, outcome=outcome)
+        assert rollout.reward == (0.5 if outcome is Outcome.SCORED else None)
