@@ -17,6 +17,7 @@ from katcore.config import environment, load_preset
 from katcore.errors import StageBusyError, StageError
 from katcore.pipeline.local import log_path, stage_command
 from katcore.pipeline.plan import Plan, build_plan
+from katcore.pipeline.stage import finished, stage_path
 from katcore.plugin import Plugins
 
 BUSY_EXIT = 75
@@ -47,11 +48,15 @@ def chosen_plan(preset: str, experts: Iterable[str], seed: int) -> Plan:
 def run_child(plan: Plan, stage_id: str, preset: str, run_id: str) -> str:
     """Run the command of a stage and return the URI it printed last.
 
-    A stage that another process runs is waited for.
+    A finished stage is not run again; one that another process runs is waited for.
 
     Raises:
         StageError: the stage failed; says why in its own words, and where its log is.
     """
+    done = finished(stage_path(plan, stage_id))
+    if done:
+        _log.info("%s: unchanged, skipped", stage_id)
+        return done.path.as_uri()
     while True:
         try:
             return _attempt(plan, stage_id, preset, {RUN_MARK: run_id})

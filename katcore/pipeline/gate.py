@@ -89,7 +89,9 @@ def _checks(job: Job, name: str, rewards: dict[str, Rewards]) -> list[dict[str, 
             "unified / RL",
             kept,
             f">= {settings.retention:g}, lower bound >= {settings.retention_lower:g}",
-            is_held=kept.value >= settings.retention and kept.low >= settings.retention_lower,
+            is_held=any(rl)
+            and kept.value >= settings.retention
+            and kept.low >= settings.retention_lower,
         ),
     ]
 

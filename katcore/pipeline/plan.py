@@ -21,7 +21,7 @@ from katcore.schema.expert import Expert
 UNIFIED = "unified"
 _ROLLOUT = ("rollout", "proxy", "trajectory", "sandbox", "schema", "inference")
 _CODE: Mapping[str, tuple[str, ...]] = {
-    "base": ("train",),
+    "base": ("train", "inference"),
     "synthesize": ("dataset", "sandbox"),
     "collect": _ROLLOUT,
     "sft": ("train",),

@@ -52,7 +52,7 @@ def where_to_look(report: dict[str, Any]) -> list[str]:
     return [
         f"registered models: {models}",
         f"page with curves and rollouts: {home() / REPORT / 'index.html'}",
-        f"curves and models: `kat up`, then http://127.0.0.1:5000 (MLflow; data in {home()}/mlflow.db)",
+        f"curves and models: MLflow, whose address `kat up` prints (data in {home()}/mlflow.db)",
         f"rollouts: {home()}/stages/*/*/rollouts.jsonl",
     ]
 

@@ -101,8 +101,7 @@ class Proxy:
         session.check_budget()
         used = session.sampling(requested)
         started_s = time.time()
-        session.num_open += 1
-        try:
+        with session.waiting():
             prompt = session.prompt(messages)
             ids = prompt.shared_ids + prompt.new_ids
             request = EngineRequest(session.spec.session_id, ids, used, messages)
@@ -123,8 +122,6 @@ class Proxy:
             )
             await self._log.append(call)
             session.record(call, prompt, messages)
-        finally:
-            session.num_open -= 1
         return call, len(ids)
 
 

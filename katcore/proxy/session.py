@@ -2,7 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from katcore.errors import InfrastructureError
@@ -67,8 +68,29 @@ class Session:
     failure: InfrastructureError | None = None
     num_open: int = 0
     _started_s: float = field(default_factory=time.monotonic)
+    _waited_s: float = 0.0
+    _waiting_since_s: float = 0.0
     _num_tokens: int = 0
     _paths: list[_Path] = field(default_factory=list)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While a call is being answered."""
+        if not self.num_open:
+            self._waiting_since_s = time.monotonic()
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self._waited_s += time.monotonic() - self._waiting_since_s
+
+    @property
+    def waited_s(self) -> float:
+        """For how long the agent has waited for answers so far; calls side by side count once."""
+        now = time.monotonic() - self._waiting_since_s if self.num_open else 0.0
+        return self._waited_s + now
 
     def check_budget(self) -> None:
         """Raise BudgetExhausted if nothing is left."""

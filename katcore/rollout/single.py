@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from katcore.errors import (
     EngineError,
@@ -22,7 +24,7 @@ from katcore.protocols import (
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
 from katcore.schema.call import Sampling
-from katcore.schema.rollout import ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
+from katcore.schema.rollout import ExecResult, ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
 from katcore.schema.task import Task
 from katcore.trajectory.tree import build_trajectory
 
@@ -78,7 +80,7 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
     progress = _Progress()
     outcome, reason = Outcome.SCORED, ""
     try:
-        changes = await _work(attempt.task, endpoint, parts, progress)
+        changes = await _work(attempt.task, (session, endpoint), parts, progress)
         parts.proxy.close(session)
         if session.failure:
             raise session.failure
@@ -106,7 +108,10 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
     )
 
 
-async def _work(task: Task, endpoint: ModelEndpoint, parts: Parts, progress: _Progress) -> bytes:
+async def _work(
+    task: Task, opened: tuple[Session, ModelEndpoint], parts: Parts, progress: _Progress
+) -> bytes:
+    session, endpoint = opened
     async with parts.backend.open(task.sandbox) as sandbox:
         if not isinstance(sandbox, SupportsChanges):
             raise SandboxError(
@@ -114,13 +119,35 @@ async def _work(task: Task, endpoint: ModelEndpoint, parts: Parts, progress: _Pr
             )
         progress.enter("agent")
         try:
-            async with asyncio.timeout(task.timeout_s):
-                result = await parts.scaffold.run(task.prompt, sandbox, endpoint)
+            agent = parts.scaffold.run(task.prompt, sandbox, endpoint)
+            result = await _within(task.timeout_s, agent, session)
             progress.exit_reason = result.stderr.decode(errors="replace")[-200:]
         except TimeoutError:
             progress.exit_reason = "time"
         progress.enter("changes")
         return await sandbox.changes()
+
+
+async def _within(
+    limit_s: float, agent: Coroutine[Any, Any, ExecResult], session: Session
+) -> ExecResult:
+    """The agent's result, or TimeoutError once it has worked for `limit_s` seconds.
+
+    While it waits for the model its clock stands still: a slow engine is not the policy's fault, and the
+    session's own budget bounds the wait.
+    """
+    running = asyncio.ensure_future(agent)
+    started_s = time.monotonic()
+    try:
+        while not running.done():
+            left_s = limit_s - (time.monotonic() - started_s - session.waited_s)
+            if left_s <= 0:
+                raise TimeoutError
+            await asyncio.wait({running}, timeout=left_s)
+        return running.result()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def _judge(

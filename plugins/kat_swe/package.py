@@ -85,28 +85,10 @@ PACKAGES = (
     ),
     Package(
         Release(
-            "cachetools",
-            "7.3.3",
-            "46e92905f580cb137c499b9ec6acd73d569c2c3542ddfeb286618685e55cb340",
-        ),
-        "src/cachetools",
-        ("tests",),
-    ),
-    Package(
-        Release(
             "semver", "3.1.2", "bea193552413194252d33ff26ce0962b76669bd1c6fb17e8e203ac37f072feaf"
         ),
         "src/semver",
         ("tests",),
-    ),
-    Package(
-        Release(
-            "more-itertools",
-            "11.2.1",
-            "cbf08fd0af284dc69718b9b76a8e6203df624d70209ea511e4219d350c856f63",
-        ),
-        "more_itertools",
-        ("tests/test_recipes.py",),
     ),
     Package(
         Release(
