@@ -16,7 +16,6 @@ TINY = Path(__file__).parent / "tiny.yaml"
 @pytest.mark.airflow
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(not TINY.exists(), reason=f"{TINY.name} is not there yet")
 def test_a_run_through_airflow_ends_with_registered_models(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "katcore.cli", "run", "--preset", str(TINY)],
