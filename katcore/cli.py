@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from katcore.config import Preset, load_preset, preset_names
@@ -26,7 +27,9 @@ PresetName = Annotated[
     str, typer.Option("--preset", help=f"{', '.join(preset_names())}, or a YAML file.")
 ]
 Experts = Annotated[str, typer.Option(help="Experts of the run, joined by commas; all if empty.")]
-Seed = Annotated[int, typer.Option(help="Seed of data, training and sampling.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, training and sampling.")
+]
 Expert = Annotated[str, typer.Option(help="The expert of this stage; empty: the unified model.")]
 
 
@@ -35,7 +38,7 @@ def _errors_said() -> Iterator[None]:
     try:
         yield
     except KatError as error:
-        _err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(75 if isinstance(error, StageBusyError) else 2) from error
     except KeyboardInterrupt as stop:
         _err.print("stopped; the same command goes on from here")
@@ -179,7 +182,7 @@ def _print(found: dict[str, Any]) -> None:
     _out.print(table.pass_rates(found))
     _out.print(table.checks(found))
     for line in table.where_to_look(found):
-        _out.print(line, soft_wrap=True)
+        _out.print(line, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -70,13 +70,18 @@ class SftSettings(Settings):
 
 
 class RlSettings(Settings):
-    """Group-relative policy optimisation on verifier rewards."""
+    """Group-relative policy optimisation on verifier rewards.
 
-    steps: int = 30
-    prompts: int = 12
-    group: int = 8
-    lr: float = 5e-4
-    final_lr: float = 0.15
+    `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
+    """
+
+    steps: int = 24
+    prompts: int = 32
+    group: int = 4
+    lr: float = 1.5e-4
+    warmup: int = 4
+    final_lr: float = 0.3
+    epochs: int = 3
     minibatches: int = 2
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -145,13 +150,13 @@ def load_preset(name_or_path: str) -> Preset:
     path = _PRESETS / f"{name_or_path}.yaml"
     if not path.exists():
         path = Path(name_or_path)
-        if path.suffix not in {".yaml", ".yml"} or not path.exists():
+        if path.suffix not in {".yaml", ".yml"} or not path.is_file():
             raise ConfigError(
                 f"no preset named {name_or_path!r}; choose one of: {', '.join(preset_names())},"
                 " or give the path of a YAML file"
             )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, found {content!r}")
         return Preset.model_validate({"name": path.stem, **content})

@@ -47,7 +47,9 @@ def run(job: Job) -> dict[str, float]:
 async def _replay(job: Job, file: RolloutFile) -> None:
     expert = job.plugins.experts()[job.spec.expert]
     done = {rollout.task_id for rollout in file.read()}
-    tasks = tasks_of(job, expert, "train")[: job.preset.collect.max_tasks]
+    tasks = tasks_of(job, expert, "train")
+    num_tasks = min(len(tasks), job.preset.collect.max_tasks)
+    tasks = random.Random(f"{job.seed}/collect").sample(tasks, num_tasks)
     chat = ChatTokenizer(job.input("base") / "model")
     passed = 0
     async with open_rollouts(job) as rollouts:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from katcore.errors import StageError
 from katcore.pipeline.evaluate import MODES
 from katcore.pipeline.plan import UNIFIED
 from katcore.pipeline.stage import Job
@@ -16,8 +17,10 @@ from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Rollout
 
 COLUMNS = ("base", "sft", "rl", "unified")
-Rewards = dict[str, float]
-"""Reward by task id."""
+Passes = dict[str, float]
+"""1.0 or 0.0 by task id; a part of a reward is no pass."""
+
+_MIN_TASKS = 2
 
 
 def run(job: Job) -> dict[str, float]:
@@ -27,11 +30,11 @@ def run(job: Job) -> dict[str, float]:
     domains: dict[str, Any] = {}
     checks: list[dict[str, Any]] = []
     for name in names:
-        rewards = {mode: _rewards(job, name, mode) for mode in MODES}
-        domains[name] = {column: _rate(rewards["greedy"][column]) for column in COLUMNS} | {
-            "sampled": {column: _rate(rewards["sampled"][column]) for column in COLUMNS}
+        passes = {mode: _passes(job, name, mode) for mode in MODES}
+        domains[name] = {column: _rate(passes["greedy"][column]) for column in COLUMNS} | {
+            "sampled": {column: _rate(passes["sampled"][column]) for column in COLUMNS}
         }
-        checks += _checks(job, name, rewards["greedy"])
+        checks += _checks(job, name, passes["greedy"])
     held = all(check["held"] for check in checks)
     report = {
         "preset": job.preset.name,
@@ -39,7 +42,7 @@ def run(job: Job) -> dict[str, float]:
         "domains": domains,
         "gate": {"held": held, "checks": checks},
     }
-    (job.out / "report.json").write_text(json.dumps(report, indent=1))
+    (job.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
     rates = {
         f"pass_rate/{name}/{column}": domains[name][column]["rate"]
         for name in names
@@ -49,33 +52,40 @@ def run(job: Job) -> dict[str, float]:
     return rates | {"held": float(held)}
 
 
-def _rewards(job: Job, name: str, mode: str) -> dict[str, Rewards]:
-    def read(folder: Path, column: str) -> Rewards:
+def number(value: float | None) -> str:
+    """A number of the report, or a dash where it is undefined."""
+    return "\N{EN DASH}" if value is None else f"{value:.3f}"
+
+
+def _passes(job: Job, name: str, mode: str) -> dict[str, Passes]:
+    def read(folder: Path, column: str) -> Passes:
         rollouts = read_lines(Rollout, folder / f"{column}.{mode}.{name}.jsonl")
-        return {item.task_id: item.reward for item in rollouts if item.reward is not None}
+        scored = (item for item in rollouts if item.reward is not None)
+        return {item.task_id: float(item.reward == 1.0) for item in scored}
 
     own, unified = job.input(f"{name}.evaluate"), job.input(f"{UNIFIED}.evaluate")
     found = {column: read(unified if column == "unified" else own, column) for column in COLUMNS}
-    scored = set.intersection(*(set(rewards) for rewards in found.values()))
+    scored = set.intersection(*(set(passes) for passes in found.values()))
+    if len(scored) < _MIN_TASKS:
+        counts = ", ".join(f"{column} {len(passes)}" for column, passes in found.items())
+        raise StageError(
+            f"{name}: {len(scored)} held-out tasks were scored ({mode}) for every model, at least"
+            f" {_MIN_TASKS} are needed; scored: {counts}; the outcomes of the others are in {own}"
+            f" and {unified}"
+        )
     return {
-        column: {task: rewards[task] for task in sorted(scored)}
-        for column, rewards in found.items()
+        column: {task: passes[task] for task in sorted(scored)} for column, passes in found.items()
     }
 
 
-def _rate(rewards: Rewards) -> dict[str, float]:
-    estimate = pass_rate([reward == 1.0 for reward in rewards.values()])
-    return {
-        "rate": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "n": len(rewards),
-    }
+def _rate(passes: Passes) -> dict[str, float]:
+    estimate = pass_rate([passed == 1.0 for passed in passes.values()])
+    return {"rate": estimate.value, "low": estimate.low, "high": estimate.high, "n": len(passes)}
 
 
-def _checks(job: Job, name: str, rewards: dict[str, Rewards]) -> list[dict[str, Any]]:
+def _checks(job: Job, name: str, passes: dict[str, Passes]) -> list[dict[str, Any]]:
     settings = job.preset.evaluate
-    base, sft, rl, unified = (list(rewards[column].values()) for column in COLUMNS)
+    base, sft, rl, unified = (list(passes[column].values()) for column in COLUMNS)
     gain, more, kept = (
         paired_difference(sft, base),
         paired_difference(rl, sft),
@@ -89,20 +99,22 @@ def _checks(job: Job, name: str, rewards: dict[str, Rewards]) -> list[dict[str, 
             "unified / RL",
             kept,
             f">= {settings.retention:g}, lower bound >= {settings.retention_lower:g}",
-            is_held=any(rl)
+            is_held=kept is not None
             and kept.value >= settings.retention
             and kept.low >= settings.retention_lower,
         ),
     ]
 
 
-def _check(name: str, what: str, found: Estimate, wanted: str, *, is_held: bool) -> dict[str, Any]:
+def _check(
+    name: str, what: str, found: Estimate | None, wanted: str, *, is_held: bool
+) -> dict[str, Any]:
     return {
         "domain": name,
         "what": what,
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
+        "value": found.value if found else None,
+        "low": found.low if found else None,
+        "high": found.high if found else None,
         "wanted": wanted,
         "held": bool(is_held),
     }

@@ -17,6 +17,7 @@ from katcore.pipeline.stage import finished, stage_path
 
 _MAX_RUNNING = 2
 _POLL_S = 0.2
+_STOP_S = 10.0
 
 
 def stage_command(plan: Plan, stage_id: str, preset: str) -> list[str]:
@@ -45,8 +46,8 @@ def run_all(plan: Plan, preset: str, tick: Callable[[Sequence[str]], None]) -> N
             time.sleep(_POLL_S)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    del running[name]
                     _check(plan, name, process.returncode)
+                    del running[name]
                     done.add(name)
         tick(())
     finally:
@@ -84,12 +85,16 @@ def _check(plan: Plan, name: str, code: int) -> None:
 
 
 def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """End whole process groups: a stage that is gone may have left children that are not."""
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        _signal(process, signal.SIGTERM)
     for process in processes:
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

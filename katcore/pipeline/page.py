@@ -13,7 +13,7 @@ from typing import Any
 
 from katcore.pipeline import browse
 from katcore.pipeline.chart import curve, escape, interval
-from katcore.pipeline.gate import COLUMNS
+from katcore.pipeline.gate import COLUMNS, number
 from katcore.pipeline.plan import UNIFIED
 from katcore.pipeline.progress import CURVE
 
@@ -122,8 +122,8 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
             escape(check["what"]),
             escape(check["wanted"]),
             _held(check["held"]),
-            f"{check['value']:.3f}",
-            f"{check['low']:.3f} to {check['high']:.3f}",
+            number(check["value"]),
+            f"{number(check['low'])} to {number(check['high'])}",
         ]
         for check in checks
     ]

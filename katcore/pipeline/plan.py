@@ -19,16 +19,18 @@ from katcore.plugin import Plugins
 from katcore.schema.expert import Expert
 
 UNIFIED = "unified"
-_ROLLOUT = ("rollout", "proxy", "trajectory", "sandbox", "schema", "inference")
+_ROLLOUT = (
+    "rollout", "proxy", "trajectory", "sandbox", "schema", "inference", "pipeline.rollouts",
+)  # fmt: skip
 _CODE: Mapping[str, tuple[str, ...]] = {
     "base": ("train", "inference"),
     "synthesize": ("dataset", "sandbox"),
     "collect": _ROLLOUT,
     "sft": ("train",),
-    "rl": ("train", *_ROLLOUT),
+    "rl": ("train", *_ROLLOUT, "pipeline.frontier"),
     "distill": ("train", *_ROLLOUT),
     "evaluate": _ROLLOUT,
-    "gate": (),
+    "gate": ("pipeline.statistic",),
     "register": ("registry",),
 }
 

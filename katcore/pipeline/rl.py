@@ -1,7 +1,7 @@
 """Stage `rl`: group-relative policy optimisation of an expert on fresh rollouts of its own tasks.
 
-Strictly on policy: a step's rollouts are made with the weights that the step then changes. Its two
-minibatches are one pass over those rollouts; log-probabilities of the behaviour policy are the sampler's.
+A step's rollouts are made with the weights that the step then changes, in `epochs` passes of `minibatches`
+updates each; log-probabilities of the behaviour policy are the sampler's.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.frontier import Frontier
 from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, samples_of, tasks_of
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt, Parts
@@ -17,9 +18,8 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.objective import PolicyGradient, group_advantages
+from katcore.train.objective import PolicyGradient, equal_weight, group_advantages
 from katcore.train.policy import limit_threads, load_policy, save_policy
-from katcore.train.sft import draw
 from katcore.train.trainer import Schedule, Trainer
 
 
@@ -30,7 +30,10 @@ def run(job: Job) -> dict[str, float]:
     start = job.input(f"{job.spec.expert}.sft") / "model"
     model = load_policy(start)
     schedule = Schedule(
-        settings.lr, settings.steps * settings.minibatches, final_lr=settings.final_lr
+        settings.lr,
+        settings.steps * settings.epochs * settings.minibatches,
+        settings.warmup,
+        final_lr=settings.final_lr,
     )
     trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
     loop = _Loop(job, trainer, ChatTokenizer(start))
@@ -61,23 +64,26 @@ class _Loop:
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
         settings, job = self._settings, self._job
-        rewards: list[float] = list(self._trainer.load(self._checkpoint).get("rewards", []))
+        saved = self._trainer.load(self._checkpoint)
+        rewards: list[float] = list(saved.get("rewards", []))
         tasks = tasks_of(job, self._expert, "train")
+        frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         file = RolloutFile(job.out / "rollouts.jsonl")
         async with open_rollouts(job) as rollouts:
             parts = rollouts.parts(self._expert, sampling)
             for step in range(len(rewards), settings.steps):
                 self._engine.weights_changed(str(step))
-                chosen = draw(len(tasks), settings.prompts, job.seed + 17, step)
-                made = await self._make(rollouts, parts, [tasks[at] for at in chosen], step)
+                chosen = frontier.choose(settings.prompts, step)
+                made = await self._make(rollouts, parts, chosen, step)
                 for rollout in made:
                     file.append(rollout)
+                frontier.learn(made)
                 metrics = self._learn(made)
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(self._checkpoint, rewards=rewards)
+                    self._trainer.save(self._checkpoint, rewards=rewards, rates=frontier.rates)
         file.close()
         return rewards
 
@@ -97,11 +103,14 @@ class _Loop:
         advantages = group_advantages(samples)
         useful = [sample for sample in samples if sample.rollout_id in advantages]
         objective = PolicyGradient(
-            advantages, settings.clip_low, settings.clip_high, settings.temperature
+            equal_weight(advantages, useful),
+            settings.clip_low,
+            settings.clip_high,
+            settings.temperature,
         )
         metrics: dict[str, float] = {}
-        for number in range(settings.minibatches):
-            part = useful[number :: settings.minibatches]
+        for number in range(settings.epochs * settings.minibatches):
+            part = useful[number % settings.minibatches :: settings.minibatches]
             if part:
                 metrics = self._trainer.update(part, objective)
         scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]

@@ -31,11 +31,15 @@ def paired_difference(new: Sequence[float], old: Sequence[float]) -> Estimate:
     return _bootstrap(new, old, lambda a, b, axis: (a - b).mean(axis=axis))
 
 
-def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
-    """mean(new) / mean(old) over the same tasks; infinite where nothing old passed."""
-    if not any(old):
-        return Estimate(float("inf"), float("inf"), float("inf"))
-    return _bootstrap(new, old, lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis))
+def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Estimate | None:
+    """mean(new) / mean(old) over the same tasks; None where nothing old passed."""
+    return _bootstrap(new, old, _ratio) if any(old) else None
+
+
+def _ratio(a: Any, b: Any, axis: int) -> Any:
+    # A resample in which nothing old passed says nothing; it counts as 0, against the lower bound.
+    new, old = a.mean(axis=axis), b.mean(axis=axis)
+    return np.divide(new, old, out=np.zeros_like(new), where=old > 0)
 
 
 def _bootstrap(

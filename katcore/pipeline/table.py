@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from katcore.config import home
 from katcore.errors import StageError
-from katcore.pipeline.gate import COLUMNS
+from katcore.pipeline.gate import COLUMNS, number
 from katcore.pipeline.page import write_page
 from katcore.pipeline.plan import UNIFIED, Plan
 from katcore.pipeline.stage import stage_path
@@ -21,13 +22,16 @@ def last_report() -> dict[str, Any]:
     """What the gate of the last finished run wrote, with its models.
 
     Raises:
-        StageError: no run has reached its gate yet.
+        StageError: no run has reached its gate yet, or its folder was removed.
     """
     path = home() / LAST
     if not path.exists():
         raise StageError(f"no finished run in {home()}; start one with `kat run` or `kat pipeline`")
     pointer = json.loads(path.read_bytes())
-    report: dict[str, Any] = json.loads((Path(pointer["gate"]) / "report.json").read_bytes())
+    written = Path(pointer["gate"]) / "report.json"
+    if not written.exists():
+        raise StageError(f"{written} was removed; `kat run` or `kat pipeline` makes it again")
+    report: dict[str, Any] = json.loads(written.read_bytes())
     report["models"] = pointer["models"]
     return report
 
@@ -60,7 +64,9 @@ def where_to_look(report: dict[str, Any]) -> list[str]:
 def pass_rates(report: dict[str, Any]) -> Table:
     """Greedy pass rate with its interval, and the sampled one below it."""
     table = Table(
-        title=f"Pass rate on held-out tasks (preset {report['preset']}, seed {report['seed']})"
+        title=escape(
+            f"Pass rate on held-out tasks (preset {report['preset']}, seed {report['seed']})"
+        )
     )
     table.add_column("domain")
     for column in COLUMNS:
@@ -81,8 +87,8 @@ def checks(report: dict[str, Any]) -> Table:
         table.add_row(
             check["domain"],
             check["what"],
-            f"{check['value']:.3f}",
-            f"{check['low']:.3f} .. {check['high']:.3f}",
+            number(check["value"]),
+            f"{number(check['low'])} .. {number(check['high'])}",
             check["wanted"],
             "held" if check["held"] else "[bold red]not held[/]",
         )

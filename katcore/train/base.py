@@ -47,7 +47,8 @@ def train_base(
     """Train tokenizer and model; `out` gets the model folder. Continues from a checkpoint in `work`."""
     texts = corpus()
     words = frequent_words(texts)
-    drills = Drills(words, seed)
+    lines = code_lines(texts)
+    drills = Drills(words, lines, seed)
     sample_text = [
         "\n".join(user + "\n" + answer for user, answer in drills.draw()) for _ in range(4000)
     ]
@@ -57,7 +58,7 @@ def train_base(
     schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1, weight_decay=0.01)
     trainer = Trainer(policy, schedule)
     trainer.load(work / "checkpoint.pt")
-    streams = _Streams(tokenizer, texts, words)
+    streams = _Streams(tokenizer, texts, words, lines)
     while trainer.step_number < settings.steps:
         step = trainer.step_number
         number = seed * 1_000_003 + step
@@ -87,12 +88,23 @@ def frequent_words(texts: list[str], num: int = 600) -> list[str]:
     return usable[:num]
 
 
+def code_lines(texts: list[str]) -> list[str]:
+    """Lines of source text of 4 to 60 characters, without comments and blank ones, in order."""
+    lines = (line.rstrip() for text in texts for line in text.splitlines())
+    return [
+        line for line in lines if 4 <= len(line) <= 60 and not line.strip().startswith(("#", '"'))
+    ]
+
+
 class _Streams:
     """Rows from the three sources."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], words: list[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, texts: list[str], words: list[str], lines: list[str]
+    ) -> None:
         self._tokenizer = tokenizer
         self._words = words
+        self._lines = lines
         self._end_id = tokenizer.encode(END).ids[0]
         self._text_ids: list[int] = []
         for text in texts:
@@ -100,13 +112,13 @@ class _Streams:
 
     def draw_first(self, settings: BaseTrainingSettings, seed: int) -> list[Sample]:
         """A step's rows in the beginning."""
-        drills = Drills(self._words, seed)
+        drills = Drills(self._words, self._lines, seed)
         return [self._conversation(drills.draw_first()) for _ in range(settings.first_drills)]
 
     def draw(self, settings: BaseTrainingSettings, seed: int) -> list[Sample]:
         """A step's rows; they depend on the seed alone."""
         choose = random.Random(seed)
-        drills = Drills(self._words, seed)
+        drills = Drills(self._words, self._lines, seed)
         rows = [self._conversation(drills.draw()) for _ in range(settings.drills)]
         rows += [self._twice(choose) for _ in range(settings.repeats)]
         for _ in range(settings.windows):

@@ -1,21 +1,25 @@
 """Generic conversations for pretraining: copying, looking up, counting lines, replacing.
 
 They name no command and no task of any expert. A small model learns from them to carry symbols from
-its context into its answer, which is what takes longest to learn (see docs/experiments.md).
+its context into its answer, which is what takes longest to learn (see docs/experiments.md). Their lines are
+words, or source text of the standard library.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
+_SYMBOL = re.compile(r"\w+|[<>=!]=|[^\w\s]")
 Conversation = list[tuple[str, str]]
 """(what the user says, what the assistant answers) pairs."""
 
 
 class Drills:
-    """Draws conversations over a list of words."""
+    """Draws conversations over a list of words and the lines of some source text."""
 
-    def __init__(self, words: Sequence[str], seed: int) -> None:
+    def __init__(self, words: Sequence[str], lines: Sequence[str], seed: int) -> None:
         self._words = words
+        self._lines = lines
         self._random = random.Random(seed)
         self._kinds: tuple[Callable[[], Conversation], ...] = (
             self._copy,
@@ -24,6 +28,9 @@ class Drills:
             self._find,
             self._replace,
             self._recall,
+            self._code_line,
+            self._code_find,
+            self._code_replace,
         )
 
     def draw(self) -> Conversation:
@@ -83,9 +90,45 @@ class Drills:
         changed = " ".join(new if word == old else word for word in text)
         return [(f"In '{' '.join(text)}' put {new} for {old}.", changed)]
 
+    def _code(self) -> list[str]:
+        num = self._random.randint(2, 8)
+        start = self._random.randrange(len(self._lines) - num)
+        return list(self._lines[start : start + num])
+
+    def _code_line(self) -> Conversation:
+        lines = self._code()
+        number = self._random.randint(1, len(lines))
+        return [(f"{_numbered(lines)}\nLine {number}?", lines[number - 1].strip())]
+
+    def _code_find(self) -> Conversation:
+        """A symbol, and the first line that has it."""
+        lines = self._code()
+        symbol = self._random.choice(_symbols(self._random.choice(lines)))
+        number = next(at for at, line in enumerate(lines, 1) if symbol in _symbols(line))
+        return [(f"{_numbered(lines)}\nWhich line has {symbol} ?", f"{number} {symbol}")]
+
+    def _code_replace(self) -> Conversation:
+        """One symbol of one line for another of the same text."""
+        lines = self._code()
+        number = self._random.randint(1, len(lines))
+        old = self._random.choice(_symbols(lines[number - 1]))
+        new = self._random.choice(_symbols(self._random.choice(lines)))
+        at = next(item for item in _SYMBOL.finditer(lines[number - 1]) if item.group() == old)
+        line = lines[number - 1]
+        changed = f"{line[: at.start()]}{new}{line[at.end() :]}".strip()
+        return [(f"{_numbered(lines)}\nIn line {number} put {new} for {old} .", changed)]
+
     def _recall(self) -> Conversation:
         first, second = self._word(), self._word()
         opening = self._random.choice(("Remember {}.", "The word is {}.", "Keep {} in mind."))
         ask = self._random.choice(("Now say it.", "Which word was it?", "Add {} to it."))
         answer = f"{first} {second}" if "{}" in ask else first
         return [(opening.format(first), "ok"), (ask.format(second), answer)]
+
+
+def _numbered(lines: Sequence[str]) -> str:
+    return "\n".join(f"{number} {line}" for number, line in enumerate(lines, 1))
+
+
+def _symbols(line: str) -> list[str]:
+    return _SYMBOL.findall(line)

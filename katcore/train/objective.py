@@ -5,7 +5,7 @@ whole step, so that splitting a step into micro-batches changes nothing (token m
 
 - `Sft`: negative log-likelihood.
 - `PolicyGradient`: PPO's clipped surrogate with one advantage per rollout (GRPO, arXiv 2402.03300), clip
-  range asymmetric (DAPO, arXiv 2503.14476), no KL term. Departs from GRPO in the token mean.
+  range asymmetric (DAPO, arXiv 2503.14476), no KL term.
 - `ReverseKl`: KL(student || teacher) over the whole vocabulary on the student's own tokens
   (on-policy distillation; GKD with beta = 1, arXiv 2306.13649).
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.batch import TreeBatch
+from katcore.train.batch import TreeBatch, num_leaves
 
 Metrics = dict[str, float]
 
@@ -96,7 +96,7 @@ def refuse_unsampled(samples: Sequence[Sample]) -> None:
 def group_advantages(samples: Sequence[Sample]) -> dict[str, float]:
     """(R - mean) / (std + 1e-6) within the rollouts of each task; groups without variance are left out.
 
-    One reward per rollout, however many branches its tree has.
+    One reward per rollout, however many branches its tree has. `equal_weight` makes them count alike.
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -110,3 +110,25 @@ def group_advantages(samples: Sequence[Sample]) -> dict[str, float]:
                 sample.rollout_id: float(value) for sample, value in zip(group, normal, strict=True)
             }
     return advantages
+
+
+def equal_weight(advantages: dict[str, float], samples: Sequence[Sample]) -> dict[str, float]:
+    """Advantages scaled so that under a token mean each rollout counts the same, however long it is.
+
+    The clipped surrogate is linear in a positive factor of the advantage, so this is the mean over rollouts
+    of the mean over their tokens (GRPO). A failed rollout is often the longest: by token, most of a step
+    would go into making failures less likely, and little into making successes more so.
+    """
+    sizes = {sample.rollout_id: sample_weight(sample) for sample in samples}
+    mean = sum(sizes[name] for name in advantages) / max(1, len(advantages))
+    return {name: value * mean / sizes[name] for name, value in advantages.items()}
+
+
+def sample_weight(sample: Sample) -> float:
+    """The weight of a sample's trained tokens, sum of g_t / K: what a token mean divides by."""
+    leaves = num_leaves(sample)
+    return sum(
+        branches / leaves
+        for branches, is_trained in zip(sample.branches, sample.trained, strict=True)
+        if is_trained
+    )

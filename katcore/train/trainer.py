@@ -12,7 +12,7 @@ import torch
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.train.batch import TreeBatch, collate, micro_batches
-from katcore.train.objective import Metrics, Objective
+from katcore.train.objective import Metrics, Objective, sample_weight
 from katcore.train.policy import logits_at
 
 
@@ -62,7 +62,7 @@ class Trainer:
 
         Samples that `by` tells apart never share a micro-batch.
         """
-        weight = sum(_weight(sample) for sample in samples)
+        weight = sum(sample_weight(sample) for sample in samples)
         lr = self._schedule.at(self.step_number)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -110,13 +110,3 @@ class Trainer:
         self.step_number = state["step"]
         extra: dict[str, Any] = state["extra"]
         return extra
-
-
-def _weight(sample: Sample) -> float:
-    roots = [at for at, parent in enumerate(sample.parents) if parent < 0]
-    leaves = sum(sample.branches[root] for root in roots)
-    return sum(
-        branches / leaves
-        for branches, is_trained in zip(sample.branches, sample.trained, strict=True)
-        if is_trained
-    )

@@ -1,6 +1,7 @@
 """Writes terminal tasks: scenes drawn by kind, as Harbor task directories."""
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from katcore.dataset.harbor import Draft, write_task
 from katcore.errors import TaskError
 
 KINDS = {kind.__name__: kind for kind in (*direct.KINDS, *reading.KINDS)}
+_NEEDS = {"json_value": "jq", "json_order": "jq"}
+"""Programs that not every machine has; their kinds are left out where they are missing."""
 _READING = frozenset(kind.__name__ for kind in reading.KINDS)
 _READING_SHARE = 0.5
 _WORKDIR = "/work"
@@ -37,10 +40,14 @@ class TerminalSynthesizer:
         if unknown:
             raise TaskError(f"no terminal kind named {unknown[0]!r}; there are: {', '.join(KINDS)}")
         self._config = config
-        self._kinds = config.kinds or tuple(KINDS)
+        missing = {kind for kind, program in _NEEDS.items() if not shutil.which(program)}
+        self._missing = missing - set(config.kinds)
+        self._kinds = config.kinds or tuple(kind for kind in KINDS if kind not in missing)
 
     def synthesize(self, out: Path, *, seed: int, report: Callable[[str], None]) -> None:
         """See `Synthesizer.synthesize`. The held-out split is the same for all seeds."""
+        for kind in sorted(self._missing):
+            report(f"without kind {kind!r}: it needs {_NEEDS[kind]}, which is not installed")
         taken: set[str] = set()
         splits = (
             ("held-out", "held-out", self._config.held_out),

@@ -20,11 +20,11 @@ PARSE = """
 import importlib.util, json, sys, time
 from airflow import sdk
 sdk.DAG, sdk.Param, sdk.TaskGroup, sdk.task, sdk.get_current_context
-started = time.monotonic()
+started = time.process_time()
 spec = importlib.util.spec_from_file_location("parsed", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-seconds = time.monotonic() - started
+seconds = time.process_time() - started
 dag = module.DAG
 print(json.dumps({
     "seconds": seconds,
@@ -68,9 +68,9 @@ def test_tasks_and_dependencies_are_the_plans(dag: dict[str, Any], plan: Plan) -
 
 
 def test_parsing_is_cheap(dag: dict[str, Any]) -> None:
-    logging.getLogger(__name__).info("parsed in %.2f s", dag["seconds"])
+    logging.getLogger(__name__).info("parsed in %.2f CPU-s", dag["seconds"])
     assert not {"torch", "transformers", "mlflow"}.intersection(dag["modules"])
-    assert dag["seconds"] < 10
+    assert dag["seconds"] < 4
 
 
 def test_two_stages_of_one_run_at_once_and_one_more_try(dag: dict[str, Any]) -> None:

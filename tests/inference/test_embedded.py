@@ -124,7 +124,7 @@ async def test_new_weights_forget_what_was_kept(engine: EmbeddedEngine) -> None:
     first = await engine.generate(request("s", prompt))
     engine.weights_changed("step-7")
     with torch.no_grad():
-        engine._model.lm_head.weight.mul_(-1)
+        engine._model.model.norm.weight.mul_(-1)
     watched = Watched(engine)
     second = await engine.generate(request("s", prompt))
     assert watched.widths[0] == len(prompt)

@@ -48,16 +48,26 @@ def test_the_same_data_give_the_same_interval() -> None:
     assert paired_difference(new, old) == paired_difference(new, old)
 
 
-def test_a_ratio_to_nothing_is_infinite() -> None:
-    assert paired_ratio([1.0, 0.0], [0.0, 0.0]).value == math.inf
+def test_a_ratio_to_nothing_is_undefined() -> None:
+    assert paired_ratio([1.0, 0.0], [0.0, 0.0]) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_ratio_to_almost_nothing_has_a_wide_interval() -> None:
+    found = paired_ratio([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])
+    assert found
+    assert (found.value, found.low) == (2.0, 0.0)
+    assert found.value <= found.high < math.inf
 
 
 def test_equal_results_have_a_ratio_of_one() -> None:
     found = paired_ratio([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert found
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_a_ratio_of_rates() -> None:
     found = paired_ratio([1.0] * 45 + [0.0] * 55, [1.0] * 50 + [0.0] * 50)
+    assert found
     assert found.value == pytest.approx(0.9)
     assert 0.8 < found.low < 0.9 < found.high < 1.0

@@ -17,7 +17,7 @@ from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget
 from katcore.rollout.single import Attempt, Parts, run_rollout
 from katcore.scaffold.mini import MiniConfig, MiniScaffold
-from katcore.schema.call import Sampling
+from katcore.schema.call import EngineRequest, Generation, Sampling
 from katcore.schema.rollout import Outcome, Rollout, Verdict
 from katcore.trajectory.calls import read_calls
 from tests.proxy.fakes import FakeEngine
@@ -25,6 +25,15 @@ from tests.rollout.fakes import FailingScaffold, FakeBackend, FileVerifier, a_ta
 
 SOLVE = ("put answer right", "submit")
 MINI = MiniScaffold(MiniConfig())
+
+
+class SlowEngine(FakeEngine):
+    """Takes two seconds for its first answer."""
+
+    async def generate(self, request: EngineRequest) -> Generation:
+        if not self.requests:
+            await asyncio.sleep(2.0)
+        return await super().generate(request)
 
 
 class Bench:
@@ -99,6 +108,22 @@ async def test_what_was_done_before_a_limit_is_judged(
 async def test_what_was_done_before_the_time_limit_is_judged(log: Path) -> None:
     rollout = await Bench(log, "put answer right", "sleep 60", timeout_s=0.5).run()
     assert (rollout.reward, rollout.exit_reason) == (1.0, "time")
+
+
+async def test_waiting_for_a_slow_engine_is_not_the_agent_s_time(log: Path) -> None:
+    bench = Bench(log, timeout_s=1.5)
+    bench.engine = SlowEngine(*SOLVE)
+    rollout = await bench.run()
+    assert rollout.seconds["agent"] > 2.0
+    assert (rollout.reward, rollout.exit_reason) == (1.0, "submitted")
+
+
+async def test_the_agent_s_own_time_still_counts_after_a_wait(log: Path) -> None:
+    bench = Bench(log, timeout_s=1.5)
+    bench.engine = SlowEngine("put answer right", "sleep 60")
+    rollout = await bench.run()
+    assert (rollout.reward, rollout.exit_reason) == (1.0, "time")
+    assert 3.4 < rollout.seconds["agent"] < 30
 
 
 _BOOM = RuntimeError("boom")
