@@ -55,7 +55,9 @@ def test_down_ends_what_a_killed_supervisor_left(
     layout = Layout(tmp_path)
     layout.services.mkdir()
     layout.lock.touch()
-    with start("import time; time.sleep(60)", mark=str(tmp_path)):
+    with start("import time; print(1, flush=True); time.sleep(60)", mark=str(tmp_path)) as left:
+        assert left.stdout
+        left.stdout.readline()
         state.write(layout, state.State(pid=1, airflow_port=1, mlflow_port=2, is_ready=True))
         assert not state.is_alive(layout)
         assert control.down() == 1
