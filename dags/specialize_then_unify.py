@@ -4,7 +4,6 @@ The tasks and their dependencies are those of `katcore.pipeline.plan`; each runs
 chooses is checked by the parameters' JSON schemas, and reaches the command as an argument list: no shell.
 """
 
-import re
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -25,10 +24,9 @@ PARAMS = {
     "preset": sdk.Param(
         "nano" if "nano" in PRESETS else PRESETS[0],
         type="string",
+        enum=list(PRESETS),
         title="Preset",
-        description="One that ships with katcore, or the absolute path of a YAML file.",
-        examples=list(PRESETS),
-        pattern=rf"^({'|'.join(map(re.escape, PRESETS))}|/[^\x00]+\.ya?ml)$",
+        description="All settings of the run but those below.",
     ),
     "experts": sdk.Param(
         list(PLAN.experts),
@@ -48,6 +46,13 @@ PARAMS = {
         minimum=0,
         maximum=2**31 - 1,
     ),
+    "preset_file": sdk.Param(
+        None,
+        type=["null", "string"],
+        title="Preset file",
+        description="Instead of the preset: the absolute path of a YAML file.",
+        pattern=r"^/[^\x00]+\.ya?ml$",
+    ),
 }
 
 
@@ -58,8 +63,9 @@ def run_stage(stage_id: str, expert: str) -> str:
     params = context["params"]
     if expert and expert not in params["experts"]:
         raise AirflowSkipException(f"expert {expert} was not chosen for this run")
-    plan = child.chosen_plan(params["preset"], params["experts"], params["seed"])
-    return child.run_child(plan, stage_id, params["preset"], context["run_id"])
+    preset = params["preset_file"] or params["preset"]
+    plan = child.chosen_plan(preset, params["experts"], params["seed"])
+    return child.run_child(plan, stage_id, preset, context["run_id"])
 
 
 def make_task(spec: StageSpec) -> Any:

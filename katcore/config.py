@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from katcore.errors import ConfigError
 
@@ -113,6 +113,8 @@ class EvaluateSettings(Settings):
 class Preset(Settings):
     """All settings of one run but its seed and experts.
 
+    `experts` has what differs for one expert, by its name and the section (collect, sft, rl), such as
+    `{swe: {sft: {steps: 200}}}`.
     `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results.
     """
 
@@ -134,6 +136,23 @@ class Preset(Settings):
     expert_threads: int = 1
     shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    experts: dict[str, dict[Literal["collect", "sft", "rl"], dict[str, Any]]] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> "Preset":
+        for name in self.experts:
+            self.for_expert(name)
+        return self
+
+    def for_expert(self, name: str) -> "Preset":
+        """The preset with what differs for one expert put in."""
+        changed: dict[str, Any] = {
+            section: type(own := getattr(self, section)).model_validate(own.model_dump() | changes)
+            for section, changes in self.experts.get(name, {}).items()
+        }
+        return self.model_copy(update=changed)
 
 
 def preset_names() -> tuple[str, ...]:

@@ -25,6 +25,11 @@ class Frontier:
         self._seed = seed
         self.rates: dict[str, float] = dict(rates or {})
 
+    @property
+    def pass_rate(self) -> float:
+        """The mean of the groups' recent pass rates: unlike a step's reward, not of hard tasks only."""
+        return sum(self.rates.values()) / max(1, len(self.rates))
+
     def choose(self, num: int, step: int) -> list[Task]:
         """`num` different tasks (all, if there are fewer); seed, step and rates alone decide."""
         draw = random.Random(f"{self._seed}/{step}")

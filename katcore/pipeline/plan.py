@@ -80,13 +80,13 @@ def build_plan(
         raise ConfigError(
             "no expert is installed; install a package that offers one, see `kat plugins`"
         )
-    for name in preset.synthesis:
+    for name in (*preset.synthesis, *preset.experts):
         plugins.find("expert", name)
     specs = [StageSpec("base", "base", config=_dump(preset, "model", "base") | {"seed": seed})]
     for name in names:
         expert = plugins.find("expert", name).expert
         assert expert
-        specs += _expert_stages(expert, preset, seed)
+        specs += _expert_stages(expert, preset.for_expert(name), seed)
     specs += _unified_stages([plugins.experts()[name] for name in names], preset, seed)
     keys: dict[str, str] = {}
     for spec in specs:

@@ -79,7 +79,7 @@ class _Loop:
                 for rollout in made:
                     file.append(rollout)
                 frontier.learn(made)
-                metrics = self._learn(made)
+                metrics = self._learn(made) | {"pass_rate": frontier.pass_rate}
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:

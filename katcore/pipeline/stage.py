@@ -88,7 +88,8 @@ def run_stage(plan: Plan, stage_id: str, plugins: Plugins) -> Finished:
             return done
         (work / "out").mkdir(parents=True, exist_ok=True)
         progress = Progress(spec, work, plan)
-        job = Job(spec, plan.preset, plan.seed, plugins, inputs, work, work / "out", progress)
+        preset = plan.preset.for_expert(spec.expert)
+        job = Job(spec, preset, plan.seed, plugins, inputs, work, work / "out", progress)
         started_s = time.time()
         metrics = import_module(f"katcore.pipeline.{spec.stage}").run(job)
         _publish(job, plan, path, metrics, started_s)

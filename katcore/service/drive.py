@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from katcore.config import home, preset_names
 from katcore.errors import ServiceError, StageError
@@ -36,7 +37,7 @@ def run(plan: Plan, preset: str, tick: Tick, say: control.Say) -> None:
         StageError: a stage failed; names it, its last words and its log.
         ServiceError: Airflow or MLflow does not start or answer.
     """
-    conf = {"preset": _preset(preset), "experts": list(plan.experts), "seed": plan.seed}
+    conf = _preset(preset) | {"experts": list(plan.experts), "seed": plan.seed}
     with _terminated_as_interrupted(), control.running(say) as (services, is_ours):
         for line in control.where(services):
             say(line)
@@ -58,8 +59,10 @@ def run(plan: Plan, preset: str, tick: Tick, say: control.Say) -> None:
             raise
 
 
-def _preset(preset: str) -> str:
-    return preset if preset in preset_names() else str(Path(preset).resolve())
+def _preset(preset: str) -> dict[str, Any]:
+    if preset in preset_names():
+        return {"preset": preset}
+    return {"preset_file": str(Path(preset).resolve())}
 
 
 def _wait_for_dag(airflow: Airflow, say: control.Say) -> None:

@@ -90,7 +90,8 @@ def test_an_expert_that_was_not_chosen_does_not_hold_up_the_unified_model(
 
 def test_the_form_offers_what_is_installed(dag: dict[str, Any], plan: Plan) -> None:
     params = dag["params"]
-    assert params["preset"]["examples"] == list(preset_names())
+    assert params["preset"]["enum"] == list(preset_names())
+    assert params["preset_file"]["default"] is None
     assert params["experts"]["examples"] == list(plan.experts)
     assert params["experts"]["default"] == list(plan.experts)
     assert params["experts"]["items"]["enum"] == list(plan.experts)
@@ -101,11 +102,13 @@ def test_the_form_offers_what_is_installed(dag: dict[str, Any], plan: Plan) -> N
     ("name", "value", "is_fine"),
     [
         ("preset", "nano", True),
-        ("preset", "/some/where/mine.yaml", True),
-        ("preset", "mine.yaml", False),
         ("preset", "no-such", False),
         ("preset", "nano; rm -rf /", False),
         ("preset", "--help", False),
+        ("preset_file", None, True),
+        ("preset_file", "/some/where/mine.yaml", True),
+        ("preset_file", "mine.yaml", False),
+        ("preset_file", "/some/where/mine.txt", False),
         ("experts", [], False),
         ("experts", ["no-such"], False),
         ("seed", 0, True),

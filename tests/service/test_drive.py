@@ -90,8 +90,8 @@ def test_a_preset_file_reaches_airflow_with_its_full_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert drive._preset("nano") == "nano"
-    assert drive._preset("mine.yaml") == str(tmp_path / "mine.yaml")
+    assert drive._preset("nano") == {"preset": "nano"}
+    assert drive._preset("mine.yaml") == {"preset_file": str(tmp_path / "mine.yaml")}
 
 
 def test_cancelling_survives_an_airflow_that_is_gone() -> None:

@@ -1,0 +1,35 @@
+"""Presets: what differs for one expert."""
+
+from pathlib import Path
+
+import pytest
+
+from katcore.config import load_preset
+from katcore.errors import ConfigError
+
+
+def preset(folder: Path, text: str) -> Path:
+    path = folder / "p.yaml"
+    path.write_text(f"summary: x\nsft: {{steps: 7, batch: 3}}\nexperts: {text}\n")
+    return path
+
+
+def test_an_expert_gets_what_differs_and_the_rest_is_the_presets(tmp_path: Path) -> None:
+    found = load_preset(str(preset(tmp_path, "{swe: {sft: {steps: 9}, rl: {group: 2}}}")))
+    swe, other = found.for_expert("swe"), found.for_expert("terminal")
+    assert (swe.sft.steps, swe.sft.batch, swe.rl.group) == (9, 3, 2)
+    assert (other.sft, other.rl) == (found.sft, found.rl)
+    assert swe.for_expert("swe") == swe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{swe: {sft: {stepz: 9}}}", "stepz"),
+        ("{swe: {distill: {steps: 9}}}", "'collect', 'sft' or 'rl'"),
+        ("{swe: {sft: {steps: many}}}", "steps"),
+    ],
+)
+def test_what_fits_no_section_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_preset(str(preset(tmp_path, text)))
