@@ -73,6 +73,7 @@ class RlSettings(Settings):
     """Group-relative policy optimisation on verifier rewards.
 
     `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
+    `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
     """
 
     steps: int = 24
@@ -81,6 +82,7 @@ class RlSettings(Settings):
     lr: float = 1.5e-4
     warmup: int = 4
     final_lr: float = 0.3
+    discount: float = 0.8
     epochs: int = 3
     minibatches: int = 2
     clip_low: float = 0.2

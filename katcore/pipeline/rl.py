@@ -100,7 +100,7 @@ class _Loop:
     def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
         settings = self._settings
         samples = samples_of(self._job, self._expert, rollouts)
-        advantages = group_advantages(samples)
+        advantages = group_advantages(samples, discount=settings.discount)
         useful = [sample for sample in samples if sample.rollout_id in advantages]
         objective = PolicyGradient(
             equal_weight(advantages, useful),

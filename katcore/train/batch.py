@@ -24,8 +24,9 @@ class TreeBatch:
 
     ids_BT, positions_BT: token ids and depths, 0 where padded. mask_BTT: what each token sees.
     at_N: the flat position whose logits predict a trained token (its parent). targets_N: its id.
-    rows_N: its tree. old_N: the behaviour policy's log-probability. weights_N: g_t / K, the share of
-    the tree's K branches that run through it. Both are float64, so sums over tokens are.
+    rows_N: its tree; turns_N: its turn there (`turns`). old_N: the behaviour policy's log-probability.
+    weights_N: g_t / K, the share of the tree's K branches that run through it. Both are float64, so sums over
+    tokens are.
     """
 
     ids_BT: Tensor
@@ -34,6 +35,7 @@ class TreeBatch:
     at_N: Tensor
     targets_N: Tensor
     rows_N: Tensor
+    turns_N: Tensor
     old_N: Tensor
     weights_N: Tensor
 
@@ -59,6 +61,7 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
     at: list[int] = []
     targets: list[int] = []
     rows: list[int] = []
+    turn_numbers: list[int] = []
     old: list[float] = []
     weights: list[float] = []
     for row, sample in enumerate(samples):
@@ -68,6 +71,7 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
         mask_BTT[row, :num, :num] = mask_TT
         positions_BT[row, :num] = mask_TT.sum(1) - 1
         leaves = num_leaves(sample)
+        turn_numbers += turns(sample)
         for token, is_trained in enumerate(sample.trained):
             if is_trained:
                 if sample.parents[token] < 0:
@@ -86,6 +90,7 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
         torch.tensor(at),
         torch.tensor(targets),
         torch.tensor(rows),
+        torch.tensor(turn_numbers),
         torch.tensor(old, dtype=torch.float64),
         torch.tensor(weights, dtype=torch.float64),
     )
@@ -101,6 +106,21 @@ def ancestors(parents: Sequence[int]) -> Tensor:
         if parent >= 0:
             mask_TT[token] |= mask_TT[parent]
     return mask_TT
+
+
+def turns(sample: Sample) -> list[int]:
+    """The turn of each trained token, from 0, in the order of the tree.
+
+    A turn is one answer of the policy: trained tokens each of which follows the one before it.
+    """
+    numbers: list[int] = []
+    last = -1
+    for token, (is_trained, parent) in enumerate(zip(sample.trained, sample.parents, strict=True)):
+        if is_trained:
+            is_new = not numbers or parent != token - 1 or last != token - 1
+            numbers.append((numbers[-1] if numbers else -1) + is_new)
+            last = token
+    return numbers
 
 
 def num_leaves(sample: Sample) -> int:

@@ -4,8 +4,8 @@ Each returns a sum over tokens, weighted by `batch.weights_N`; the trainer divid
 whole step, so that splitting a step into micro-batches changes nothing (token mean, as in DAPO).
 
 - `Sft`: negative log-likelihood.
-- `PolicyGradient`: PPO's clipped surrogate with one advantage per rollout (GRPO, arXiv 2402.03300), clip
-  range asymmetric (DAPO, arXiv 2503.14476), no KL term.
+- `PolicyGradient`: PPO's clipped surrogate with an advantage per turn, normalised in the group of a task
+  (GRPO, arXiv 2402.03300), clip range asymmetric (DAPO, arXiv 2503.14476), no KL term.
 - `ReverseKl`: KL(student || teacher) over the whole vocabulary on the student's own tokens
   (on-policy distillation; GKD with beta = 1, arXiv 2306.13649).
 
@@ -14,6 +14,7 @@ Proven against finite differences and TRL's formulas in tests/train/test_objecti
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.batch import TreeBatch, num_leaves
+from katcore.train.batch import TreeBatch, num_leaves, turns
 
 Metrics = dict[str, float]
+Advantages = dict[str, tuple[float, ...]]
+"""By rollout id, one for each turn."""
 
 
 class Objective(Protocol):
@@ -50,9 +53,9 @@ class Sft:
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """Clipped policy gradient. `advantages` by rollout id; `temperature` is the sampler's."""
+    """Clipped policy gradient. `advantages` by rollout id, one per turn; `temperature` is the sampler's."""
 
-    advantages: dict[str, float]
+    advantages: Advantages
     clip_low: float
     clip_high: float
     temperature: float = 1.0
@@ -61,7 +64,11 @@ class PolicyGradient:
         """-sum of w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A), r_t = pi / pi_old."""
         refuse_unsampled(samples)
         rows = [self.advantages[sample.rollout_id] for sample in samples]
-        advantage_N = torch.tensor(rows, dtype=logits_NV.dtype)[batch.rows_N]
+        values = [
+            rows[row][turn]
+            for row, turn in zip(batch.rows_N.tolist(), batch.turns_N.tolist(), strict=True)
+        ]
+        advantage_N = torch.tensor(values, dtype=logits_NV.dtype)
         ratio_N = (token_logprobs(logits_NV, batch.targets_N, self.temperature) - batch.old_N).exp()
         clipped_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
         gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
@@ -93,26 +100,39 @@ def refuse_unsampled(samples: Sequence[Sample]) -> None:
             )
 
 
-def group_advantages(samples: Sequence[Sample]) -> dict[str, float]:
-    """(R - mean) / (std + 1e-6) within the rollouts of each task; groups without variance are left out.
+def group_advantages(samples: Sequence[Sample], *, discount: float = 1.0) -> Advantages:
+    """(G - mean) / (std + 1e-6) of the turns' returns in the rollouts of each task.
 
-    One reward per rollout, however many branches its tree has. `equal_weight` makes them count alike.
+    The return G of turn n of N is the rollout's reward times discount^(N - n): what was said long before the
+    end earns less of a success, so wasted turns cost. With a discount of 1 each turn has its rollout's
+    reward, as in GRPO. Mean and deviation count each rollout once, however many turns it has (as the
+    turn-level objective does, with 1 / N). Groups without variance are left out.
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.task_id, []).append(sample)
-    advantages: dict[str, float] = {}
+    advantages: Advantages = {}
     for group in groups.values():
-        rewards = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
-        if len(group) > 1 and rewards.std(correction=0) > 0:
-            normal = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+        if len({sample.reward for sample in group}) > 1:
+            returns = {item.rollout_id: _returns(item, discount) for item in group}
+            mean = fmean(fmean(values) for values in returns.values())
+            spread = (
+                fmean(fmean((value - mean) ** 2 for value in values) for values in returns.values())
+                ** 0.5
+            )
             advantages |= {
-                sample.rollout_id: float(value) for sample, value in zip(group, normal, strict=True)
+                name: tuple((value - mean) / (spread + 1e-6) for value in values)
+                for name, values in returns.items()
             }
     return advantages
 
 
-def equal_weight(advantages: dict[str, float], samples: Sequence[Sample]) -> dict[str, float]:
+def _returns(sample: Sample, discount: float) -> tuple[float, ...]:
+    num = 1 + turns(sample)[-1]
+    return tuple(float(sample.reward or 0.0) * discount ** (num - 1 - turn) for turn in range(num))
+
+
+def equal_weight(advantages: Advantages, samples: Sequence[Sample]) -> Advantages:
     """Advantages scaled so that under a token mean each rollout counts the same, however long it is.
 
     The clipped surrogate is linear in a positive factor of the advantage, so this is the mean over rollouts
@@ -121,7 +141,10 @@ def equal_weight(advantages: dict[str, float], samples: Sequence[Sample]) -> dic
     """
     sizes = {sample.rollout_id: sample_weight(sample) for sample in samples}
     mean = sum(sizes[name] for name in advantages) / max(1, len(advantages))
-    return {name: value * mean / sizes[name] for name, value in advantages.items()}
+    return {
+        name: tuple(value * mean / sizes[name] for value in values)
+        for name, values in advantages.items()
+    }
 
 
 def sample_weight(sample: Sample) -> float:

@@ -13,6 +13,7 @@ from katcore.train.objective import (
     PolicyGradient,
     ReverseKl,
     Sft,
+    equal_weight,
     group_advantages,
     token_logprobs,
 )
@@ -30,7 +31,7 @@ def rows() -> list[Sample]:
     return made
 
 
-ADVANTAGES = {"r0": 1.3, "r1": -0.7, "r2": 0.2}
+ADVANTAGES = {"r0": (1.3, 0.4), "r1": (-0.7, -1.1), "r2": (0.2, 2.0)}
 
 
 def objectives() -> dict[str, Objective]:
@@ -63,7 +64,8 @@ def test_policy_gradient_is_ppo_written_out() -> None:
         scores = [float(value) / 0.9 for value in logits[n]]
         logprob = scores[batch.targets_N[n]] - math.log(sum(math.exp(value) for value in scores))
         ratio = math.exp(logprob - float(batch.old_N[n]))
-        advantage = ADVANTAGES[samples[int(batch.rows_N[n])].rollout_id]
+        turn = n % 4 // 2  # tokens 1, 2 and 4, 5 of each row are trained
+        advantage = ADVANTAGES[samples[int(batch.rows_N[n])].rollout_id][turn]
         total -= min(ratio * advantage, max(0.8, min(1.28, ratio)) * advantage)
     assert float(loss) == pytest.approx(total, rel=1e-6)
 
@@ -93,8 +95,35 @@ def test_advantages_are_normalised_within_a_task() -> None:
     ]
     found = group_advantages(samples)
     assert set(found) == {"a0", "a1", "a2", "a3"}
-    assert sum(found.values()) == pytest.approx(0.0, abs=1e-9)
-    assert found["a0"] == pytest.approx(3**0.5, rel=1e-4)
+    assert sum(value for (value,) in found.values()) == pytest.approx(0.0, abs=1e-9)
+    assert found["a0"] == pytest.approx((3**0.5,), rel=1e-4)
+
+
+def rollouts_of_turns(turns: dict[str, tuple[int, float]]) -> list[Sample]:
+    return [
+        line([1, 2] * num, [False, True] * num, rollout_id=name, task_id="t", reward=reward)
+        for name, (num, reward) in turns.items()
+    ]
+
+
+def test_without_discount_each_turn_has_the_advantage_of_its_rollout() -> None:
+    found = group_advantages(rollouts_of_turns({"a": (3, 1.0), "b": (1, 0.0)}), discount=1.0)
+    assert found["a"] == pytest.approx((1.0, 1.0, 1.0), rel=1e-4)
+    assert found["b"] == pytest.approx((-1.0,), rel=1e-4)
+
+
+def test_a_wasted_turn_earns_less() -> None:
+    found = group_advantages(rollouts_of_turns({"a": (3, 1.0), "b": (2, 0.0)}), discount=0.5)
+    mean = (0.25 + 0.5 + 1.0) / 3 / 2
+    spread = (sum((g - mean) ** 2 for g in (0.25, 0.5, 1.0)) / 3 / 2 + mean**2 / 2) ** 0.5
+    assert found["a"] == pytest.approx([(g - mean) / spread for g in (0.25, 0.5, 1.0)], rel=1e-4)
+    assert found["b"] == pytest.approx([-mean / spread] * 2, rel=1e-4)
+
+
+def test_rollouts_of_any_length_weigh_the_same() -> None:
+    samples = rollouts_of_turns({"a": (4, 1.0), "b": (1, 0.0)})
+    found = equal_weight(group_advantages(samples), samples)
+    assert sum(found["a"]) == pytest.approx(-sum(found["b"]))
 
 
 def test_a_lost_sample_changes_no_other_groups_advantage() -> None:

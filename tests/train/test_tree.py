@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 
 from katcore.schema.sample import Sample
-from katcore.train.batch import ancestors, collate
+from katcore.train.batch import ancestors, collate, turns
 from katcore.train.objective import Sft
 from katcore.train.policy import logits_at
 from tests.train.trees import branches, gradients, line, sample, small_model, tree_samples
@@ -62,3 +62,10 @@ def test_a_wrong_weight_is_noticed() -> None:
 
 def _fields(row: Sample) -> dict[str, object]:
     return {name: getattr(row, name) for name in Sample.__slots__}
+
+
+def test_a_turn_is_a_run_of_trained_tokens_on_one_path() -> None:
+    #      0 -> 1T 2T -> 3 -> 4T       and 2T -> 5 -> 6T 7T
+    parents = [-1, 0, 1, 2, 3, 2, 5, 6]
+    trained = [False, True, True, False, True, False, True, True]
+    assert turns(sample([1] * 8, parents, trained)) == [0, 0, 1, 2, 2]
