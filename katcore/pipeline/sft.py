@@ -12,7 +12,7 @@ from katcore.train.trainer import Schedule, Trainer
 def run(job: Job) -> dict[str, float]:
     """Write `model/`."""
     is_student = not job.spec.expert
-    limit_threads(job.preset.shared_threads if is_student else job.preset.expert_threads)
+    limit_threads(job.preset.expert_threads)  # the student's SFT runs beside an expert's RL
     settings = job.preset.student if is_student else job.preset.sft
     sources = [name for name in job.inputs if name.endswith(".collect")]
     samples = [
