@@ -4,18 +4,18 @@ The child stays in the worker's process group, so a scheduler that signals the g
 and should the worker be killed alone, the kernel ends the child.
 """
 
-import ctypes
 import logging
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from katcore.config import environment, load_preset
 from katcore.errors import StageBusyError, StageError
 from katcore.pipeline.local import log_path, stage_command
+from katcore.pipeline.parent import die_with_parent
 from katcore.pipeline.plan import Plan, build_plan
 from katcore.pipeline.stage import finished, stage_path
 from katcore.plugin import Plugins
@@ -26,18 +26,7 @@ RUN_MARK = "KATCORE_RUN"
 """Environment variable of all processes of one scheduled run."""
 
 _BUSY_POLL_S = 5.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 _log = logging.getLogger(__name__)
-
-
-def die_with_parent(number: signal.Signals) -> Callable[[], None]:
-    """A `preexec_fn` that has the kernel signal the child when its parent dies."""
-
-    def ask_kernel() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-
-    return ask_kernel
 
 
 def chosen_plan(preset: str, experts: Iterable[str], seed: int) -> Plan:

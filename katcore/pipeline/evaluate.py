@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from katcore.inference.embedded import open_engine
-from katcore.pipeline.plan import UNIFIED
+from katcore.pipeline.plan import MODES, UNIFIED
 from katcore.pipeline.rollouts import RolloutFile, open_rollouts, tasks_of
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt
@@ -13,8 +13,6 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.task import Task
 from katcore.train.policy import limit_threads
-
-MODES = ("greedy", "sampled")
 
 
 def run(job: Job) -> dict[str, float]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from katcore.errors import StageError
-from katcore.pipeline.evaluate import MODES
-from katcore.pipeline.plan import UNIFIED
+from katcore.pipeline.plan import MODES, UNIFIED
 from katcore.pipeline.stage import Job
 from katcore.pipeline.statistic import Estimate, paired_difference, paired_ratio, pass_rate
 from katcore.schema.codec import read_lines

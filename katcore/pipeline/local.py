@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from katcore.errors import StageError
+from katcore.pipeline.parent import die_with_parent
 from katcore.pipeline.plan import Plan
 from katcore.pipeline.stage import finished, stage_path
 
@@ -70,6 +71,7 @@ def _start(plan: Plan, name: str, preset: str) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=die_with_parent(signal.SIGTERM),
         )
 
 

@@ -19,6 +19,8 @@ from katcore.plugin import Plugins
 from katcore.schema.expert import Expert
 
 UNIFIED = "unified"
+MODES = ("greedy", "sampled")
+"""How every model is evaluated; the first is the headline."""
 _ROLLOUT = (
     "rollout", "proxy", "trajectory", "sandbox", "schema", "inference", "pipeline.rollouts",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from katcore.config import environment, home
 from katcore.errors import ServiceError
-from katcore.pipeline.child import die_with_parent
+from katcore.pipeline.parent import die_with_parent
 from katcore.service import port, process, state
 from katcore.service.layout import USER, Layout, prepare
 

@@ -16,7 +16,7 @@ from types import FrameType
 
 from katcore.config import home
 from katcore.errors import KatError
-from katcore.pipeline.child import die_with_parent
+from katcore.pipeline.parent import die_with_parent
 from katcore.service import http, process, state
 from katcore.service.catalog import MIGRATE, Service, service_environment, services
 from katcore.service.layout import Layout

@@ -1,6 +1,8 @@
 """All stages without Airflow: shell scripts in place of stages, and what is left of them afterwards."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -188,6 +190,21 @@ def test_a_stage_that_does_not_stop_when_asked_is_killed(
     with pytest.raises(KeyboardInterrupt):
         stages.run(interrupt)
     assert ends(stages.pid("pid"))
+
+
+def test_a_pipeline_that_is_killed_takes_its_stages_along(stages: Stages) -> None:
+    stages.scripts["base"] = f"echo $$ > {stages.folder}/base; exec sleep 60"
+    pipeline = os.fork()
+    if pipeline == 0:
+        try:
+            stages.run()
+        finally:
+            os._exit(1)
+    while not stages.pid("base"):
+        time.sleep(0.02)
+    os.kill(pipeline, signal.SIGKILL)
+    os.waitpid(pipeline, 0)
+    assert ends(stages.pid("base"))
 
 
 def test_each_run_adds_to_the_log(stages: Stages) -> None:
