@@ -8,13 +8,13 @@ from typing import Any
 from kat_swe import release
 from kat_swe.function import functions
 from kat_swe.ingest import Ingested, Ingester
+from kat_swe.inside.probe import HANGS
 from kat_swe.mutant import Mutant, mutants
 from kat_swe.operator import edits
 
 _MAX_TESTS = 16
 _MAX_TESTS_S = 0.12
 _MAX_EDITS = 24
-_HANGS = "fail: it does not end"
 _MAX_PROMPT = 410
 
 
@@ -102,7 +102,7 @@ def _affordable(ingested: Ingested, keys: Sequence[str]) -> list[str]:
 def _case(
     ingested: Ingested, mutant: Mutant, tests: Sequence[str], results: Sequence[str]
 ) -> Case | None:
-    if len(results) != len(tests) or _HANGS in results:
+    if len(results) != len(tests) or HANGS in results:
         return None
     outcome = dict(zip(tests, results, strict=True))
     fails = [key for key in tests if outcome[key] != "pass"]
