@@ -47,15 +47,8 @@ def prompt(case: Case, *, needs_reading: bool) -> str:
     """What the agent is told: where, what the failing test says, and mostly the source."""
     function = case.mutant.function
     head = f"Fix {function.name} in {function.file.rpartition('/')[2]}."
-    body = "Its source: show" if needs_reading else shown(case)
+    body = "Its source: show" if needs_reading else case.mutant.function.text
     return f"{head}\n{body}\n{case.message}"
-
-
-def shown(case: Case) -> str:
-    """The wrong function with line numbers."""
-    return "\n".join(
-        f"{number} {line}" for number, line in enumerate(case.mutant.function.shown, 1)
-    )
 
 
 def _wrong(case: Case, draw: random.Random) -> list[Edit]:
@@ -86,7 +79,7 @@ def environment(case: Case) -> dict[str, bytes]:
         name: case.mutant.text.encode(),
         "empty": b"",
         "task.json": json.dumps(task).encode(),
-        "shown": f"{shown(case)}\n".encode(),
+        "shown": f"{function.text}\n".encode(),
     }
 
 

@@ -30,19 +30,6 @@ class Mutant:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def apply(function: Function, edit: Edit) -> tuple[str, ...] | None:
-    """The function's source lines after an edit; None if it cannot be made."""
-    if edit.line > len(function.lines):
-        return None
-    lines = list(function.source)
-    at = function.lines[edit.line - 1]
-    changed = edit.apply(lines[at])
-    if changed is None:
-        return None
-    lines[at] = changed
-    return tuple(lines)
-
-
 def spliced(text: str, function: Function, source: tuple[str, ...]) -> str:
     """A module's text with other lines for one of its functions."""
     lines = text.split("\n")
@@ -68,14 +55,14 @@ def _at_least(groups: dict[str, list[Mutant]], row: int) -> Iterator[list[Mutant
 
 def mutate(text: str, function: Function, edit: Edit) -> Mutant | None:
     """The mutant of an edit; None unless one edit of the mutant gives back the exact source."""
-    source = apply(function, edit)
+    source = edit.apply(function)
     if source is None or source == function.source:
         return None
     wrong = changed(function, source)
     if wrong is None:
         return None
     for repair in edits(wrong):
-        if apply(wrong, repair) == function.source:
+        if repair.apply(wrong) == function.source:
             return Mutant(wrong, function, spliced(text, function, source), repair, edit.operator)
     return None
 

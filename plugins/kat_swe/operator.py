@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kat_swe.function import Function
-from kat_swe.inside.edit import find, replaced, tokens
+from kat_swe.inside.edit import places, replaced, tokens
 
 _BOUNDARY = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _DIRECTION = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -52,26 +52,48 @@ _SLICE = _both(("[0]", "[-1]"), ("[1:]", "[:-1]"), ("[:1]", "[-1:]"), ("[::-1]",
 
 @dataclass(frozen=True, slots=True, order=True)
 class Edit:
-    """In shown line `line` (from 1) the first `old` becomes `new`: what `fix "LINE OLD NEW"` does."""
+    """The `number`th (from 1) `old` of a function becomes `new`: what `fix "OLD NEW" NUMBER` does."""
 
-    line: int
     old: str
     new: str
+    number: int = 1
     operator: str = ""
 
     @property
     def command(self) -> str:
         """The agent's command for it."""
-        return f'fix "{" ".join(filter(None, (str(self.line), self.old, self.new)))}"'
+        which = f" {self.number}" if self.number > 1 else ""
+        return f'fix "{" ".join(filter(None, (self.old, self.new)))}"{which}'
 
     @property
     def is_plain(self) -> bool:
         """Whether bash and the tool take the command as it is meant."""
         return " " not in self.old and not any(mark in self.old + self.new for mark in '"$`\\')
 
-    def apply(self, source: str) -> str | None:
-        """The edited line."""
-        return replaced(source, self.old, self.new)
+    def apply(self, function: Function) -> tuple[str, ...] | None:
+        """The function's source lines after the edit; None if it cannot be made."""
+        found = list(_places(function, self.old))
+        if self.number > len(found):
+            return None
+        at, start, end = found[self.number - 1]
+        lines = list(function.source)
+        lines[at] = replaced(lines[at], start, end, self.new)
+        return tuple(lines)
+
+
+def edit_at(
+    function: Function, line: int, column: int, old: str, new: str, operator: str
+) -> Edit | None:
+    """The edit of the `old` at one place of the source; None if it is not shown there."""
+    for number, (at, start, _) in enumerate(_places(function, old), 1):
+        if (at, start) == (line, column):
+            return Edit(old, new, number, operator)
+    return None
+
+
+def _places(function: Function, old: str) -> Iterator[tuple[int, int, int]]:
+    for shown, start, end in places((function.source[at] for at in function.lines), old):
+        yield function.lines[shown], start, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +108,12 @@ class _Site:
 
 
 def edits(function: Function) -> list[Edit]:
-    """All edits of a function, in order; each names a token that is the first of its kind in its line."""
-    numbers = {at: number for number, at in enumerate(function.lines, 1)}
-    found: dict[tuple[int, str, str], Edit] = {}
+    """All edits of a function, in order."""
+    found: dict[tuple[str, str, int], Edit] = {}
     for site in _Finder(function).sites():
-        if site.line in numbers:
-            where = find(function.source[site.line], site.old)
-            if where and where[0] == site.column:
-                edit = Edit(numbers[site.line], site.old, site.new, site.operator)
-                found.setdefault((edit.line, edit.old, edit.new), edit)
+        edit = edit_at(function, site.line, site.column, site.old, site.new, site.operator)
+        if edit:
+            found.setdefault((edit.old, edit.new, edit.number), edit)
     return sorted(found.values())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from kat_swe.function import Function, functions
 from kat_swe.inside.edit import tokens
 from kat_swe.mutant import Mutant, changed, spliced
-from kat_swe.operator import Edit
+from kat_swe.operator import Edit, edit_at
 
 OPERATOR = "release"
 
@@ -28,7 +28,7 @@ def repaired(older: Path, text: str, function: Function) -> Mutant | None:
     lines = list(function.source)
     lines[at] = was
     wrong = changed(function, tuple(lines))
-    repair = _repair(differ[0] + 1, was, function.source[at].rstrip())
+    repair = _repair(wrong, at, function.source) if wrong else None
     if wrong is None or repair is None:
         return None
     return Mutant(wrong, function, spliced(text, function, wrong.source), repair, OPERATOR)
@@ -49,8 +49,9 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _repair(number: int, old: str, new: str) -> Edit | None:
-    """The shortest edit that turns one line into the other."""
+def _repair(wrong: Function, at: int, right: tuple[str, ...]) -> Edit | None:
+    """The shortest edit of line `at` that gives the right function."""
+    old, new = wrong.source[at], right[at].rstrip()
     before, after = tokens(old), tokens(new)
     head = 0
     while head < min(len(before), len(after)) and before[head][2] == after[head][2]:
@@ -63,7 +64,8 @@ def _repair(number: int, old: str, new: str) -> Edit | None:
         part, other = before[first : len(before) - tail], after[first : len(after) - tail]
         if part:
             replacement = new[other[0][0] : other[-1][1]] if other else ""
-            edit = Edit(number, "".join(text for _, _, text in part), replacement, OPERATOR)
-            if edit.apply(old) == new and edit.is_plain:
+            text = "".join(text for _, _, text in part)
+            edit = edit_at(wrong, at, part[0][0], text, replacement, OPERATOR)
+            if edit and edit.is_plain and edit.apply(wrong) == right:
                 return edit
     return None

@@ -18,8 +18,8 @@ from types import ModuleType
 import pytest
 
 from kat_swe.function import Function, functions
-from kat_swe.inside.edit import replaced
-from kat_swe.mutant import apply, mutants
+from kat_swe.inside.edit import places, replaced
+from kat_swe.mutant import mutants
 from kat_swe.operator import Edit, edits
 
 MODULES = (
@@ -66,15 +66,15 @@ def function(line: str) -> Function:
 @pytest.mark.parametrize("operator", EXAMPLES)
 def test_an_operator_makes_its_edit_and_the_way_back(operator: str) -> None:
     right, wrong = EXAMPLES[operator]
-    for before, after in ((right, wrong), (wrong, right)):
-        made = [edit for edit in edits(function(before)) if edit.operator == operator]
-        assert after in [edit.apply(before) for edit in made]
+    for before, after in ((function(right), function(wrong)), (function(wrong), function(right))):
+        made = [edit for edit in edits(before) if edit.operator == operator]
+        assert after.source in [edit.apply(before) for edit in made]
 
 
 def test_break_and_continue() -> None:
     text = "def g(a):\n    for b in a:\n        break\n"
     (found,) = functions("m.py", text)
-    assert Edit(3, "break", "continue", "loop") in edits(found)
+    assert Edit("break", "continue", operator="loop") in edits(found)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -89,7 +89,7 @@ def test_every_repair_restores_the_exact_source(module: ModuleType) -> None:
             changed = [at for at, line in enumerate(text.split("\n")) if line != lines[at]]
             assert len(changed) == 1
             assert found.start <= changed[0] < found.end
-            assert apply(mutant.function, mutant.repair) == found.source
+            assert mutant.repair.apply(mutant.function) == found.source
             assert mutant.repair in edits(mutant.function)
             num += 1
     assert num > 3
@@ -123,9 +123,22 @@ def test_shown_source_has_no_comment_and_no_docstring() -> None:
     ],
 )
 def test_an_edit_replaces_whole_tokens(line: str, old: str, new: str, wanted: str | None) -> None:
-    assert replaced(line, old, new) == wanted
+    found = [replaced(line, start, end, new) for _, start, end in places([line], old)]
+    assert found[:1] == ([wanted] if wanted else [])
 
 
-def test_a_command_is_one_quoted_string() -> None:
-    assert Edit(3, "<", "<=").command == 'fix "3 < <="'
-    assert Edit(3, "not", "").command == 'fix "3 not"'
+def test_edits_count_the_places_of_a_token_over_the_shown_lines() -> None:
+    text = (
+        'def g(a):\n    """Not 0."""\n    if a == 0:  # or 0\n        return 0\n    return a[0]\n'
+    )
+    (found,) = functions("m.py", text)
+    for number, line in ((1, "    if a == 1:  # or 0"), (2, "        return 1")):
+        changed = Edit("0", "1", number).apply(found)
+        assert changed and line in changed
+        assert Edit("0", "1", number, "constant") in edits(found)
+    assert Edit("0", "1", 4).apply(found) is None
+
+
+def test_a_command_is_one_quoted_string_and_the_place_where_it_is_not_the_first() -> None:
+    assert Edit("<", "<=").command == 'fix "< <="'
+    assert Edit("not", "", 2).command == 'fix "not" 2'

@@ -1,6 +1,7 @@
-"""One edit of one line: `OLD` becomes `NEW`. Shared by the agent's tool and by what makes the bugs."""
+"""One edit of a function: its Nth `OLD` becomes `NEW`. Shared by the agent's tool and by what makes the bugs."""
 
 import re
+from collections.abc import Iterable, Iterator
 
 _TOKEN = re.compile(
     r"""\#.*
@@ -18,21 +19,18 @@ def tokens(text: str) -> list[tuple[int, int, str]]:
     return [(match.start(), match.end(), match.group()) for match in _TOKEN.finditer(text)]
 
 
-def find(line: str, old: str) -> tuple[int, int] | None:
-    """Where the tokens of `old` first stand in `line`, one after the other."""
+def places(lines: Iterable[str], old: str) -> Iterator[tuple[int, int, int]]:
+    """Where the tokens of `old` stand one after the other: index of the line, start, end."""
     wanted = [text for _, _, text in tokens(old)]
-    found = tokens(line)
-    for first in range(len(found) - len(wanted) + 1 if wanted else 0):
-        part = found[first : first + len(wanted)]
-        if [text for _, _, text in part] == wanted:
-            return part[0][0], part[-1][1]
-    return None
+    for at, line in enumerate(lines):
+        found = tokens(line)
+        for first in range(len(found) - len(wanted) + 1 if wanted else 0):
+            part = found[first : first + len(wanted)]
+            if [text for _, _, text in part] == wanted:
+                yield at, part[0][0], part[-1][1]
 
 
-def replaced(line: str, old: str, new: str) -> str | None:
-    """`line` with the first `old` replaced, or without it where `new` is empty; None if it has none."""
-    where = find(line, old)
-    if where is None:
-        return None
-    before, after = line[: where[0]], line[where[1] :]
-    return before + new + (after if new else after.removeprefix(" "))
+def replaced(line: str, start: int, end: int, new: str) -> str:
+    """`line` with other text at one place; where `new` is empty, without the space that followed."""
+    after = line[end:]
+    return line[:start] + new + (after if new else after.removeprefix(" "))
