@@ -134,7 +134,8 @@ def test_edits_count_the_places_of_a_token_over_the_shown_lines() -> None:
     (found,) = functions("m.py", text)
     for number, line in ((1, "    if a == 1:  # or 0"), (2, "        return 1")):
         changed = Edit("0", "1", number).apply(found)
-        assert changed and line in changed
+        assert changed
+        assert line in changed
         assert Edit("0", "1", number, "constant") in edits(found)
     assert Edit("0", "1", 4).apply(found) is None
 
