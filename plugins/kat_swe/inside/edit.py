@@ -1,4 +1,4 @@
-"""One edit of a function: its Nth `OLD` becomes `NEW`. Shared by the agent's tool and by what makes the bugs."""
+"""One edit of a function: its Nth `OLD` becomes `NEW`. The agent's tool and the maker of bugs share it."""
 
 import re
 from collections.abc import Iterable, Iterator
