@@ -92,10 +92,17 @@ class RlSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens."""
+    """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens.
 
+    Before it come `cold_steps` on the teachers' own late rollouts, `cold_batch` of each domain, which cost no
+    sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on them.
+    """
+
+    cold_steps: int = 0
+    cold_batch: int = 32
     steps: int = 30
     prompts: int = 16
+    epochs: int = 1
     lr: float = 1e-3
     warmup: int = 5
     final_lr: float = 0.2

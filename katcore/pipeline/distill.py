@@ -1,20 +1,30 @@
 """Stage `distill`: fuse the experts into the student, on the student's own rollouts.
 
-Each task's teacher is the expert of its domain. The student's turns are scored by the whole vocabulary of
-the teacher's distribution (reverse KL); rewards are recorded but not trained on, so only the agent's part of
-a rollout is needed for the loss, and the verdict for the curve.
+Each task's teacher is the expert of its domain; what the student says is scored by the whole vocabulary of
+the teacher's distribution (reverse KL). It may begin off policy, on rollouts of the teachers' own last steps:
+with the whole vocabulary in the loss they need no other objective. Rewards are recorded but not trained on,
+so only the agent's part of a rollout is needed for the loss, and the verdict for the curve.
 """
 
 import asyncio
 import statistics
 from collections.abc import Sequence
 
+from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
-from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, samples_of, tasks_of
+from katcore.pipeline.rollouts import (
+    RolloutFile,
+    Rollouts,
+    engine_settings,
+    open_rollouts,
+    samples_of,
+    tasks_of,
+)
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt, Parts
 from katcore.schema.call import Sampling
+from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.sample import Sample
@@ -32,9 +42,13 @@ def run(job: Job) -> dict[str, float]:
     settings = job.preset.distill
     start = job.input("unified.sft") / "model"
     model = load_policy(start)
-    schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
+    updates = settings.cold_steps + settings.steps * settings.epochs
+    schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
     trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
-    history = asyncio.run(_Loop(job, trainer, ChatTokenizer(start)).run())
+    loop = _Loop(job, trainer, ChatTokenizer(start))
+    history = loop.load()
+    loop.learn_from_teachers()
+    asyncio.run(loop.run(history))
     save_policy(model, job.out / "model", tokenizer=start)
     return {"kl_first": history[0], "kl_last": history[-1]}
 
@@ -49,19 +63,32 @@ class _Loop:
         self._experts: list[Expert] = [experts[name] for name in names]
         teachers = {name: load_policy(job.input(f"{name}.rl") / "model") for name in names}
         self._objective = ReverseKl(Teachers(teachers))
-        self._engine = EmbeddedEngine(
-            trainer.model,
-            chat,
-            num_slots=job.preset.concurrency,
-            context=job.preset.model.context,
-            seed=job.seed,
-        )
-        self._checkpoint = job.work / "checkpoint.pt"
+        self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
 
-    async def run(self) -> list[float]:
-        """All steps; the mean KL of each. Goes on from the last checkpoint."""
+    def load(self) -> list[float]:
+        """Go on from the last checkpoint: the mean KL of each on-policy step so far."""
+        return list(self._trainer.load(self._job.checkpoint).get("history", []))
+
+    def learn_from_teachers(self) -> None:
+        """The off-policy beginning: the same loss, on states that the teachers came to."""
         settings, job = self._settings, self._job
-        history: list[float] = list(self._trainer.load(self._checkpoint).get("history", []))
+        if self._trainer.step_number >= settings.cold_steps:
+            return
+        pools = [_late_samples(job, expert) for expert in self._experts]
+        while (step := self._trainer.step_number) < settings.cold_steps:
+            rows = [
+                pool[at]
+                for pool in pools
+                for at in draw(len(pool), settings.cold_batch, job.seed + 31, step)
+            ]
+            metrics = self._update(rows)
+            job.progress.step(step, settings.cold_steps + settings.steps, metrics)
+            if (step + 1) % settings.checkpoint_every == 0:
+                self._trainer.save(job.checkpoint, history=[])
+
+    async def run(self, history: list[float]) -> None:
+        """The steps on policy; `history` grows by the mean KL of each."""
+        settings, job = self._settings, self._job
         tasks = {expert.name: tasks_of(job, expert, "train") for expert in self._experts}
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         file = RolloutFile(job.out / "rollouts.jsonl")
@@ -80,11 +107,11 @@ class _Loop:
                         file.append(rollout)
                 metrics = self._learn(made)
                 history.append(metrics["kl"])
-                job.progress.step(step, settings.steps, metrics)
+                done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
+                job.progress.step(done, total, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(self._checkpoint, history=history)
+                    self._trainer.save(job.checkpoint, history=history)
         file.close()
-        return history
 
     async def _make(
         self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int
@@ -100,12 +127,21 @@ class _Loop:
             samples += samples_of(self._job, expert, rollouts)
             rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
             metrics[f"reward/{expert.name}"] = statistics.fmean(rewards) if rewards else 0.0
+        updates = [self._update(samples) for _ in range(self._settings.epochs)]
+        return metrics | updates[0]
+
+    def _update(self, samples: Sequence[Sample]) -> dict[str, float]:
         update = self._trainer.update(samples, self._objective, by=_domain)
-        return metrics | {
-            "kl": update["loss"],
-            "grad_norm": update["grad_norm"],
-            "lr": update["lr"],
-        }
+        return {"kl": update["loss"], "grad_norm": update["grad_norm"], "lr": update["lr"]}
+
+
+def _late_samples(job: Job, expert: Expert) -> list[Sample]:
+    """Samples of the second half of the rollouts that made the teacher."""
+    rollouts = list(read_lines(Rollout, job.input(f"{expert.name}.rl") / "rollouts.jsonl"))
+    samples = samples_of(job, expert, rollouts[len(rollouts) // 2 :])
+    if not samples:
+        raise StageError(f"{expert.name}.rl left no scored rollout to learn from")
+    return samples
 
 
 def _domain(sample: Sample) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from katcore.inference.embedded import open_engine
 from katcore.pipeline.plan import MODES, UNIFIED
-from katcore.pipeline.rollouts import RolloutFile, open_rollouts, tasks_of
+from katcore.pipeline.rollouts import RolloutFile, engine_settings, open_rollouts, tasks_of
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
@@ -44,12 +44,7 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
     num = 0
     async with open_rollouts(job) as rollouts:
         for column, folder in models.items():
-            engine = open_engine(
-                folder,
-                num_slots=job.preset.concurrency,
-                context=job.preset.model.context,
-                seed=job.seed,
-            )
+            engine = open_engine(folder, **engine_settings(job))
             for mode in MODES:
                 temperature = job.preset.evaluate.temperature if mode == "sampled" else 0.0
                 sampling = Sampling(temperature, job.preset.max_new_tokens)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
-from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, samples_of, tasks_of
+from katcore.pipeline.rollouts import (
+    RolloutFile,
+    Rollouts,
+    engine_settings,
+    open_rollouts,
+    samples_of,
+    tasks_of,
+)
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt, Parts
 from katcore.schema.call import Sampling
@@ -52,19 +59,12 @@ class _Loop:
         self._trainer = trainer
         self._settings = job.preset.rl
         self._expert: Expert = job.plugins.experts()[job.spec.expert]
-        self._engine = EmbeddedEngine(
-            trainer.model,
-            chat,
-            num_slots=job.preset.concurrency,
-            context=job.preset.model.context,
-            seed=job.seed,
-        )
-        self._checkpoint = job.work / "checkpoint.pt"
+        self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
 
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
         settings, job = self._settings, self._job
-        saved = self._trainer.load(self._checkpoint)
+        saved = self._trainer.load(self._job.checkpoint)
         rewards: list[float] = list(saved.get("rewards", []))
         tasks = tasks_of(job, self._expert, "train")
         frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
@@ -83,7 +83,7 @@ class _Loop:
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(self._checkpoint, rewards=rewards, rates=frontier.rates)
+                    self._trainer.save(self._job.checkpoint, rewards=rewards, rates=frontier.rates)
         file.close()
         return rewards
 

@@ -74,6 +74,16 @@ async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
         await backend.close()
 
 
+def engine_settings(job: Job) -> dict[str, int]:
+    """What the preset and the seed say about an embedded engine."""
+    preset = job.preset
+    return {
+        "num_slots": preset.concurrency,
+        "context": preset.model.context,
+        "seed": job.seed,
+    }
+
+
 def tasks_of(job: Job, expert: Expert, split: str) -> list[Task]:
     """The tasks that the expert's synthesis made, of one split."""
     root = job.input(f"{expert.name}.synthesize") / "tasks"

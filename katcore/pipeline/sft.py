@@ -33,13 +33,12 @@ def run(job: Job) -> dict[str, float]:
         last.update(metrics)
         job.progress.step(step, settings.steps, metrics)
 
-    checkpoint = job.work / "checkpoint.pt"
     fit(
         Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens),
         usable,
         settings,
         seed=job.seed,
-        checkpoint=checkpoint,
+        checkpoint=job.checkpoint,
         report=report,
     )
     save_policy(model, job.out / "model", tokenizer=base)

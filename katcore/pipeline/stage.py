@@ -48,6 +48,11 @@ class Job:
         """The finished folder of an input."""
         return self.inputs[stage_id]
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where training leaves what it needs to go on."""
+        return self.work / "checkpoint.pt"
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:

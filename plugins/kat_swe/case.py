@@ -8,7 +8,7 @@ from typing import Any
 from kat_swe import release
 from kat_swe.function import functions
 from kat_swe.ingest import Ingested, Ingester
-from kat_swe.inside.probe import HANGS
+from kat_swe.inside.shared import HANGS
 from kat_swe.mutant import Mutant, mutants
 from kat_swe.operator import edits
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kat_swe.case import Case, runnable
 from kat_swe.ingest import INSIDE, cached_name
-from kat_swe.inside.grade import digest
+from kat_swe.inside.shared import digest
 from kat_swe.operator import Edit, edits
 from katcore.dataset.harbor import Draft
 
@@ -111,7 +111,7 @@ def tests(case: Case, *, is_held_out: bool) -> dict[str, bytes]:
         "test.sh": _TEST.encode(),
         **{
             f"kat_swe/inside/{name}": (INSIDE / name).read_bytes()
-            for name in ("grade.py", "probe.py")
+            for name in ("grade.py", "probe.py", "shared.py")
         },
         "spec.json": json.dumps(spec).encode(),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kat_swe import source
-from kat_swe.inside.grade import digest
+from kat_swe.inside.shared import digest
 from kat_swe.source import Package, Release
 from katcore.config import home
 from katcore.errors import TaskError
@@ -25,7 +25,7 @@ from katcore.schema.task import SandboxSpec
 
 INSIDE = Path(__file__).parent / "inside"
 SCRIPTS = "/opt/swe/kat_swe/inside"
-_IN_IMAGE = ("edit.py", "probe.py", "task.py", "trial.py", "survey.py")
+_IN_IMAGE = ("edit.py", "probe.py", "shared.py", "survey.py", "task.py", "trial.py")
 _SURVEY_TIMEOUT_S = 300.0
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.c", "*.pyx", ".*")
 _BATCH = 120

@@ -6,7 +6,6 @@ failures are cheap; the suite (held-out tasks) comes last.
 """
 
 import ast
-import hashlib
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from kat_swe.inside import probe
+from kat_swe.inside.shared import digest
 
 _SPEC = Path("/tests/spec.json")
 _REWARD = Path("/logs/verifier/reward.txt")
@@ -26,11 +26,6 @@ _REFUSED = frozenset(
         "getattr", "setattr", "delattr", "os", "sys",
     )
 )  # fmt: skip
-
-
-def digest(data: bytes) -> str:
-    """A short hash."""
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def tampered(spec: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from kat_swe.inside.shared import HANGS
+
 # A compiled file is known by second and size of its source; two edits of one second may share both.
 sys.dont_write_bytecode = True
 
@@ -22,7 +24,6 @@ _LIMIT_S = 0.3
 _KILL_S = 20
 _MEMORY = 1 << 30
 _MAX_LINE = 54
-HANGS = "fail: it does not end"
 
 
 class HangError(BaseException):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kat_swe.inside import probe
+from kat_swe.inside.shared import HANGS
 
 
 def attempt(mutant: dict[str, Any]) -> list[str]:
@@ -36,7 +37,7 @@ def _work(tests: list[dict[str, Any]], write: int) -> None:
         probe.limit()
         for test in tests:
             results.append(probe.probe(test))
-            if results[-1] == probe.HANGS:
+            if results[-1] == HANGS:
                 break
         os.write(write, json.dumps(results).encode())
     finally:
