@@ -6,6 +6,7 @@ from typing import Any
 
 from kat_swe.case import Case, runnable
 from kat_swe.ingest import INSIDE, cached_name
+from kat_swe.inside.edit import places
 from kat_swe.inside.shared import digest
 from kat_swe.operator import Edit, edits
 from katcore.dataset.harbor import Draft
@@ -21,10 +22,10 @@ def draft(task_id: str, case: Case, *, needs_reading: bool, is_held_out: bool) -
     draw = random.Random(case.id)
     look = ["show"] if needs_reading else []
     repair = case.mutant.repair.command
-    wrong = [edit.command for edit in _wrong(case, draw)]
+    tries = [*(edit.command for edit in _wrong(case, draw)), repair]
     ways = [
         ("hindsight", [*look, repair, "submit"]),
-        ("search", [*look, *wrong, repair, "submit"]),
+        ("search", [*look, *tries, "submit"]),
     ]
     return Draft(
         task_id,
@@ -32,7 +33,7 @@ def draft(task_id: str, case: Case, *, needs_reading: bool, is_held_out: bool) -
         prompt(case, needs_reading=needs_reading),
         environment(case),
         tests(case, is_held_out=is_held_out),
-        ways if wrong else ways[:1],
+        ways,
         group=case.ingested.package.name,
         traits={
             "kind": "release" if case.mutant.operator == "release" else "mutant",
@@ -52,10 +53,17 @@ def prompt(case: Case, *, needs_reading: bool) -> str:
 
 
 def _wrong(case: Case, draw: random.Random) -> list[Edit]:
-    """One to three other edits of the function."""
+    """Up to three other edits of the function."""
     repair = case.mutant.repair
     others = [edit for edit in edits(case.mutant.function) if edit.command != repair.command]
     return draw.sample(others, min(len(others), draw.randint(1, _MAX_WRONG)))
+
+
+def _edits(case: Case) -> list[tuple[str, str, int]]:
+    """The edits that the function invites, in the order of its text; the repair is one of them."""
+    function, repair = case.mutant.function, case.mutant.repair
+    found = {(edit.old, edit.new, edit.number) for edit in (*edits(function), repair)}
+    return sorted(found, key=lambda edit: (next(places(function.shown, edit[0])), edit))
 
 
 def environment(case: Case) -> dict[str, bytes]:
@@ -68,6 +76,7 @@ def environment(case: Case) -> dict[str, bytes]:
         "start": function.start,
         "source": function.source,
         "lines": function.lines,
+        "edits": _edits(case),
         "test": runnable(case.test),
     }
     dockerfile = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kat_swe.function import read
-from kat_swe.operator import edits
+from kat_swe.operator import Edit, edits
 from kat_swe.package import PACKAGES
 from kat_swe.synthesizer import SweConfig, SweSynthesizer
 from katcore.dataset.harbor import HarborConfig, HarborDataset, demonstrations
@@ -183,18 +183,46 @@ async def test_code_outside_the_function_does_not_count(root: Path, attempt: Att
 
 async def test_the_tools_answer_in_one_short_line(root: Path, attempt: Attempter) -> None:
     task = next(task for task in tasks(root, "train") if task.traits["needs_reading"] == "true")
+    known = json.loads((task.directory / "environment" / "task.json").read_text())
+    words = list(dict.fromkeys(edit[0] for edit in known["edits"]))
+    left = f"\nleft: {' '.join(words)}"
     turns = ["t", 'fix "def a" 9', 'fix "nothere b"', "fix", "show", "submit"]
     rollout = await attempt(task, turns)  # type: ignore[misc]
     said = [turn.messages[-1].content for turn in rollout.trajectory.turns[1:]]
     assert said[0].startswith("fail: ")
     assert said[0] == task.prompt.split("\n")[-1]
     assert said[1:4] == [
-        "error: 1 def here",
-        "error: no nothere here",
-        'usage: fix "OLD NEW" [N]',
+        f"error: 1 def here{left}",
+        f"error: no nothere here{left}",
+        f'usage: fix "OLD NEW" [N]{left}',
     ]
     assert said[4].startswith("def ") or said[4].startswith("async def ")
-    assert all(len(text) <= 60 for text in said[:4])
+    assert all(len(text) <= 120 for text in said[:4])
+
+
+async def test_a_try_without_a_number_goes_to_the_next_place(
+    root: Path, attempt: Attempter
+) -> None:
+    task = next(task for task in tasks(root, "train") if "async" not in task.prompt)
+    turns = ['fix "def wrong"', 'fix "def wrong"', 'fix "def wrong" 1', "submit"]
+    rollout = await attempt(task, turns)  # type: ignore[misc]
+    said = [turn.messages[-1].content for turn in rollout.trajectory.turns[1:]]
+    assert said[1].startswith("error: 1 def here, tried\n")
+    assert said[0] == said[2]
+
+
+async def test_a_word_is_left_until_all_its_edits_were_tried(
+    root: Path, attempt: Attempter
+) -> None:
+    task = tasks(root, "train")[0]
+    repair = demonstrations(task)[0].turns[-2]
+    known = json.loads((task.directory / "environment" / "task.json").read_text())
+    listed = [Edit(*edit) for edit in known["edits"]]
+    word = next(edit.old for edit in listed if not repair.startswith(f'fix "{edit.old}'))
+    turns = [edit.command for edit in listed if edit.old == word]
+    rollout = await attempt(task, [*turns, "submit"])  # type: ignore[misc]
+    left = [turn.messages[-1].content.split("left: ")[1] for turn in rollout.trajectory.turns[1:]]
+    assert [word in text.split() for text in left] == [True] * (len(turns) - 1) + [False]
 
 
 async def test_the_right_function_is_nowhere_in_the_sandbox(root: Path) -> None:

@@ -1,8 +1,9 @@
 """The agent's tools, run inside the sandbox: `t` and `fix "OLD NEW" [N]`.
 
-`fix` replaces the Nth OLD of the function (the first by default), or removes it where there is no NEW.
-`task.json` says where the function is and which test fails. `fix` starts from the function as it was given,
-so that a wrong try needs no undoing.
+`fix` replaces the Nth OLD of the function (by default the first on which this was not tried), or removes it
+where there is no NEW, and runs the failing test. It starts from the function as it was given, so that a wrong
+try needs no undoing. What it says of a try that did not help ends with the words that are left to try.
+`task.json` says where the function is, which test fails, and which edits a function like it invites.
 """
 
 import json
@@ -14,6 +15,8 @@ from kat_swe.inside.edit import places, replaced
 from kat_swe.inside.probe import ROOT, limit, probe
 
 _USAGE = 'usage: fix "OLD NEW" [N]'
+_TRIED = Path("/opt/swe/tried.json")
+_MAX_WORDS = 12
 
 
 def main(verb: str, arguments: list[str]) -> str:
@@ -28,22 +31,40 @@ def main(verb: str, arguments: list[str]) -> str:
 def fix(task: dict[str, Any], request: list[str]) -> str:
     """Make one edit and run the failing test."""
     words = request[0].split(None, 1) if request else []
-    which = request[1] if len(request) > 1 else "1"
-    if not words or not which.isdecimal() or len(request) > 2:
-        return _USAGE
+    which = request[1] if len(request) > 1 else ""
+    if not words or (which and not which.isdecimal()) or len(request) > 2:
+        return f"{_USAGE}\n{left(task)}"
     old, new = words[0], words[1] if len(words) > 1 else ""
     lines = list(task["source"])
     found = list(places((lines[at] for at in task["lines"]), old))
-    if not 1 <= int(which) <= len(found):
-        return f"error: {len(found) or 'no'} {old[:20]} here"
-    shown, start, end = found[int(which) - 1]
+    done = tried()
+    fresh = (at for at in range(1, len(found) + 1) if [old, new, at] not in done)
+    number = int(which) if which else next(fresh, 0)
+    if not 1 <= number <= len(found):
+        problem = f"{len(found) or 'no'} {old[:20]} here"
+        return f"error: {problem}{', tried' if found and not which else ''}\n{left(task)}"
+    shown, start, end = found[number - 1]
     at = task["lines"][shown]
     lines[at] = replaced(lines[at], start, end, new)
     path = ROOT / task["file"]
     text = path.read_text().splitlines(keepends=True)
     text[task["start"] : task["start"] + len(lines)] = [f"{line}\n" for line in lines]
     path.write_text("".join(text))
-    return probe(task["test"])
+    _TRIED.write_text(json.dumps([*done, [old, new, number]]))
+    result = probe(task["test"])
+    return result if result == "pass" else f"{result}\n{left(task)}"
+
+
+def tried() -> list[Any]:
+    """The edits so far."""
+    return list(json.loads(_TRIED.read_text())) if _TRIED.exists() else []
+
+
+def left(task: dict[str, Any]) -> str:
+    """The words with an edit that was not tried yet."""
+    done = tried()
+    words = dict.fromkeys(edit[0] for edit in task["edits"] if edit not in done)
+    return f"left: {' '.join(list(words)[:_MAX_WORDS])}"
 
 
 if __name__ == "__main__":
