@@ -94,8 +94,9 @@ class RlSettings(Settings):
 class DistillSettings(Settings):
     """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens.
 
-    Before it come `cold_steps` on the teachers' own late rollouts, `cold_batch` of each domain, which cost no
-    sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on them.
+    Before it come `cold_steps` on late rollouts of the teachers that passed, `cold_batch` of each domain,
+    which cost no sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on
+    them.
     """
 
     cold_steps: int = 0
