@@ -1,0 +1,108 @@
+"""The beginning off policy: what it learns from, and that a killed one goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from katcore.config import DistillSettings, ModelSettings, Preset
+from katcore.inference.chat import ChatTokenizer
+from katcore.pipeline.distill import _Loop
+from katcore.pipeline.plan import StageSpec
+from katcore.pipeline.rollouts import RolloutFile
+from katcore.pipeline.stage import Job
+from katcore.plugin import Plugins
+from katcore.schema.call import Message
+from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.train.policy import load_policy, save_policy
+from katcore.train.trainer import Schedule, Trainer
+from tests.inference.tiny import CONTEXT, write_tiny_model
+
+STEPS = 14
+SETTINGS = DistillSettings(cold_steps=STEPS, cold_batch=3, steps=1, lr=1e-2, checkpoint_every=5)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Progress:
+    def __init__(self, stop_at: int | None) -> None:
+        self._stop_at = stop_at
+        self.kl: list[float] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        assert steps == STEPS + 1
+        if step == self._stop_at:
+            raise KilledError
+        self.kl.append(metrics["kl"])
+
+
+def rollout(number: int, reward: float) -> Rollout:
+    ids = tuple(3 + (number * 7 + at) % 200 for at in range(9))
+    turn = Turn(-1, ids[:3], ids[3:], (-0.5,) * 6, (Message("user", "x"),), "ls", "0")
+    name = f"r{number}"
+    trajectory = Trajectory(name, (turn,))
+    return Rollout(name, name, "terminal", "g", 0, Outcome.SCORED, trajectory, Verdict(reward))
+
+
+def job(root: Path, rewards: list[float], *, stop_at: int | None = None) -> Job:
+    """Student and teacher are two tiny models with one tokenizer."""
+    inputs = {name: root / name for name in ("unified.sft", "terminal.rl")}
+    if not inputs["terminal.rl"].exists():
+        for folder in inputs.values():
+            write_tiny_model(folder / "model")
+        teacher = load_policy(inputs["terminal.rl"] / "model")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        save_policy(teacher, inputs["terminal.rl"] / "model", tokenizer=root)
+        file = RolloutFile(inputs["terminal.rl"] / "rollouts.jsonl")
+        for number, reward in enumerate(rewards):
+            file.append(rollout(number, reward))
+        file.close()
+    preset = Preset(name="p", summary="", model=ModelSettings(context=CONTEXT), distill=SETTINGS)
+    spec = StageSpec("unified.distill", "distill", inputs=tuple(inputs))
+    progress: Any = Progress(stop_at)
+    return Job(spec, preset, 0, Plugins.installed(), inputs, root, root, progress)
+
+
+def begin(made: Job) -> Trainer:
+    start = made.input("unified.sft") / "model"
+    trainer = Trainer(load_policy(start), Schedule(SETTINGS.lr, STEPS + 1))
+    loop = _Loop(made, trainer, ChatTokenizer(start))
+    assert loop.load() == []
+    loop.learn_from_teachers()
+    return trainer
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_it_comes_closer_to_the_teacher_and_a_killed_one_ends_alike(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    rewards = [0.0] * 6 + [1.0] * 6
+    whole = job(tmp_path, rewards)
+    trainer = begin(whole)
+    progress: Any = whole.progress
+    assert trainer.step_number == STEPS
+    assert progress.kl[-1] < 0.8 * progress.kl[0]
+    cut = tmp_path / "cut"
+    with pytest.raises(KilledError):
+        begin(job(cut, rewards, stop_at=11))
+    assert torch.equal(weights(begin(job(cut, rewards))), weights(trainer))
+
+
+def test_rollouts_that_failed_are_no_beginning(tmp_path: Path) -> None:
+    made = job(tmp_path, [1.0] * 6 + [0.0] * 6)
+    trainer = begin(made)
+    progress: Any = made.progress
+    assert trainer.step_number == 0
+    assert progress.said
