@@ -94,7 +94,7 @@ class RlSettings(Settings):
 class DistillSettings(Settings):
     """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens.
 
-    Before it come `cold_steps` on late rollouts of the teachers that passed, `cold_batch` of each domain,
+    Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain,
     which cost no sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on
     them.
     """

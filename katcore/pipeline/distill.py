@@ -1,15 +1,16 @@
 """Stage `distill`: fuse the experts into the student, on the student's own rollouts.
 
 Each task's teacher is the expert of its domain; what the student says is scored by the whole vocabulary of
-the teacher's distribution (reverse KL). It may begin off policy, on what passed of the teachers' own last
-rollouts: with the whole vocabulary in the loss they need no other objective. Rewards are recorded but not
-trained on, so only the agent's part of a rollout is needed for the loss, and the verdict for the curve.
+the teacher's distribution (reverse KL). It may begin off policy, on the teachers' own last rollouts: with the
+whole vocabulary in the loss they need no other objective. Rewards are recorded but not trained on, so only
+the agent's part of a rollout is needed for the loss, and the verdict for the curve.
 """
 
 import asyncio
 import statistics
 from collections.abc import Sequence
 
+from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.rollouts import (
@@ -73,12 +74,8 @@ class _Loop:
         settings, job = self._settings, self._job
         if self._trainer.step_number >= settings.cold_steps:
             return
-        pools = [pool for expert in self._experts if (pool := _late_samples(job, expert))]
-        if len(pools) < len(self._experts):
-            job.progress.say(
-                "some expert's late rollouts never passed: it is not in the cold start"
-            )
-        while pools and (step := self._trainer.step_number) < settings.cold_steps:
+        pools = [_late_samples(job, expert) for expert in self._experts]
+        while (step := self._trainer.step_number) < settings.cold_steps:
             rows = [
                 pool[at]
                 for pool in pools
@@ -139,10 +136,15 @@ class _Loop:
 
 
 def _late_samples(job: Job, expert: Expert) -> list[Sample]:
-    """Samples of what passed in the second half of the rollouts that made the teacher."""
+    """Samples of the second half of the rollouts that made the teacher.
+
+    Those that failed too: what the teacher does when a try did not help is half of what it can do.
+    """
     rollouts = list(read_lines(Rollout, job.input(f"{expert.name}.rl") / "rollouts.jsonl"))
-    late = rollouts[len(rollouts) // 2 :]
-    return samples_of(job, expert, [rollout for rollout in late if rollout.reward == 1.0])
+    samples = samples_of(job, expert, rollouts[len(rollouts) // 2 :])
+    if not samples:
+        raise StageError(f"{expert.name}.rl left no scored rollout to begin with")
+    return samples
 
 
 def _domain(sample: Sample) -> str:
