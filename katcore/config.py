@@ -112,9 +112,10 @@ class DistillSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Held-out evaluation: greedy is the headline, sampled stands beside it."""
+    """Held-out tasks: greedy on `tasks` is the headline, sampled on `sampled_tasks` of them, beside it."""
 
     tasks: int = 200
+    sampled_tasks: int = 200
     temperature: float = 1.0
     retention: float = 0.95
     retention_lower: float = 0.90

@@ -37,41 +37,44 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
     names = [
         name.removesuffix(".synthesize") for name in job.inputs if name.endswith(".synthesize")
     ]
-    tasks = {name: held_out(job, experts[name]) for name in names}
-    cells = [(column, mode, name) for column in models for mode in MODES for name in names]
-    total = sum(len(tasks[name]) for _, _, name in cells)
+    tasks = {(mode, name): held_out(job, experts[name], mode) for mode in MODES for name in names}
+    total = len(models) * sum(map(len, tasks.values()))
     metrics: dict[str, float] = {}
     num = 0
     async with open_rollouts(job) as rollouts:
         for column, folder in models.items():
             engine = open_engine(folder, **engine_settings(job))
-            for mode in MODES:
+            for (mode, name), chosen in tasks.items():
                 temperature = job.preset.evaluate.temperature if mode == "sampled" else 0.0
                 sampling = Sampling(temperature, job.preset.max_new_tokens)
-                for name in names:
-                    parts = rollouts.parts(experts[name], sampling)
-                    file = RolloutFile(job.out / f"{column}.{mode}.{name}.jsonl")
-                    done = {rollout.task_id: rollout.reward for rollout in file.read()}
-                    attempts = (
-                        Attempt(task, engine, label=f"{column}-{mode}")
-                        for task in tasks[name]
-                        if task.id not in done
-                    )
-                    num += len(done)
-                    async for rollout in rollouts.run(attempts, parts):
-                        file.append(rollout)
-                        done[rollout.task_id] = rollout.reward
-                        num += 1
-                        job.progress.step(num - 1, total)
-                    file.close()
-                    scored = [reward for reward in done.values() if reward is not None]
-                    metrics[f"{column}/{mode}/{name}"] = sum(scored) / max(1, len(scored))
+                parts = rollouts.parts(experts[name], sampling)
+                file = RolloutFile(job.out / f"{column}.{mode}.{name}.jsonl")
+                done = {rollout.task_id: rollout.reward for rollout in file.read()}
+                attempts = (
+                    Attempt(task, engine, label=f"{column}-{mode}")
+                    for task in chosen
+                    if task.id not in done
+                )
+                num += len(done)
+                async for rollout in rollouts.run(attempts, parts):
+                    file.append(rollout)
+                    done[rollout.task_id] = rollout.reward
+                    num += 1
+                    job.progress.step(num - 1, total)
+                file.close()
+                scored = [reward for reward in done.values() if reward is not None]
+                metrics[f"{column}/{mode}/{name}"] = sum(scored) / max(1, len(scored))
     job.progress.step(total - 1, total, metrics)
     return metrics
 
 
-def held_out(job: Job, expert: Expert) -> list[Task]:
-    """The tasks of the evaluation: a fixed draw from the split, whatever the run's seed."""
+def held_out(job: Job, expert: Expert, mode: str) -> list[Task]:
+    """The tasks of the evaluation: a fixed draw from the split, whatever the run's seed.
+
+    Those of one mode are among those of the other.
+    """
     tasks = tasks_of(job, expert, "held-out")
-    num = min(job.preset.evaluate.tasks, len(tasks))
-    return sorted(random.Random(0).sample(tasks, num), key=lambda task: task.id)
+    settings = job.preset.evaluate
+    num = settings.sampled_tasks if mode == "sampled" else settings.tasks
+    drawn = random.Random(0).sample(tasks, len(tasks))
+    return sorted(drawn[:num], key=lambda task: task.id)

@@ -107,7 +107,8 @@ def _pass_rates(report: Mapping[str, Any], links: Mapping[str, str]) -> str:
             cells.append(
                 f"<b>{100 * rate['rate']:.1f}</b> %"
                 f"{interval(rate['rate'], rate['low'], rate['high'])}"
-                f"<small>{low:.1f} to {high:.1f}; sampled {100 * sampled['rate']:.1f}</small>"
+                f"<small>{low:.1f} to {high:.1f};"
+                f" sampled {100 * sampled['rate']:.1f} (of {sampled['n']})</small>"
             )
         rows.append(cells)
     titles = [column.upper() if column in {"sft", "rl"} else column for column in COLUMNS]

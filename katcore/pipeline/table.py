@@ -74,7 +74,8 @@ def pass_rates(report: dict[str, Any]) -> Table:
     for name, domain in report["domains"].items():
         table.add_row(f"{name} (n={domain['base']['n']})", *(_cell(domain[c]) for c in COLUMNS))
         sampled = [f"{100 * domain['sampled'][column]['rate']:.1f}" for column in COLUMNS]
-        table.add_row("  sampled", *sampled, style="dim")
+        num = domain["sampled"]["base"]["n"]
+        table.add_row(f"  sampled (n={num})", *sampled, style="dim")
     return table
 
 

@@ -28,7 +28,7 @@ class TerminalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: int = Field(default=1200, ge=1)
-    held_out: int = Field(default=240, ge=1)
+    held_out: int = Field(default=400, ge=1)
     kinds: tuple[str, ...] = ()
 
 

@@ -115,7 +115,7 @@ def test_rates_stand_with_their_intervals() -> None:
     assert "domain base SFT RL unified" in " ".join(lines).replace("┃", "").replace("  ", " ")
     row = "shell (n=40) 0.0 (0.0..50.0) 25.0 (12.5..62.5) 50.0 (25.0..75.0) 50.0 (25.0..75.0)"
     assert row in lines
-    assert lines[lines.index(row) + 1] == "sampled 12.5 12.5 12.5 12.5"
+    assert lines[lines.index(row) + 1] == "sampled (n=40) 12.5 12.5 12.5 12.5"
 
 
 def test_checks_say_what_held_and_what_cannot_be_said() -> None:
