@@ -71,10 +71,12 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
 def held_out(job: Job, expert: Expert, mode: str) -> list[Task]:
     """The tasks of the evaluation: a fixed draw from the split, whatever the run's seed.
 
-    Those of one mode are among those of the other.
+    Those that are sampled are among the greedy ones.
     """
     tasks = tasks_of(job, expert, "held-out")
     settings = job.preset.evaluate
-    num = settings.sampled_tasks if mode == "sampled" else settings.tasks
+    num = settings.tasks
+    if mode == "sampled":
+        num = min(num, settings.sampled_tasks)
     drawn = random.Random(0).sample(tasks, len(tasks))
     return sorted(drawn[:num], key=lambda task: task.id)
