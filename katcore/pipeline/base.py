@@ -23,7 +23,7 @@ def run(job: Job) -> dict[str, float]:
         job.preset.base,
         seed=job.seed,
         out=job.out / "model",
-        work=job.work,
+        checkpoint=job.checkpoint,
         report=report,
     )
     return {"loss": last.get("loss", 0.0)}

@@ -64,7 +64,7 @@ class _Loop:
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
         settings, job = self._settings, self._job
-        saved = self._trainer.load(self._job.checkpoint)
+        saved = self._trainer.load(job.checkpoint)
         rewards: list[float] = list(saved.get("rewards", []))
         tasks = tasks_of(job, self._expert, "train")
         frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
@@ -83,7 +83,7 @@ class _Loop:
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(self._job.checkpoint, rewards=rewards, rates=frontier.rates)
+                    self._trainer.save(job.checkpoint, rewards=rewards, rates=frontier.rates)
         file.close()
         return rewards
 

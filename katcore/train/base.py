@@ -41,10 +41,10 @@ def train_base(
     *,
     seed: int,
     out: Path,
-    work: Path,
+    checkpoint: Path,
     report: Callable[[int, Metrics], None],
 ) -> None:
-    """Train tokenizer and model; `out` gets the model folder. Continues from a checkpoint in `work`."""
+    """Train tokenizer and model; `out` gets the model folder. Continues from `checkpoint`."""
     texts = corpus()
     words = frequent_words(texts)
     lines = code_lines(texts)
@@ -57,7 +57,7 @@ def train_base(
     policy: Any = new_policy(model, vocabulary=tokenizer.get_vocab_size(), end_id=end_id, seed=seed)
     schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1, weight_decay=0.01)
     trainer = Trainer(policy, schedule)
-    trainer.load(work / "checkpoint.pt")
+    trainer.load(checkpoint)
     streams = _Streams(tokenizer, texts, words, lines)
     while trainer.step_number < settings.steps:
         step = trainer.step_number
@@ -68,7 +68,7 @@ def train_base(
             rows = streams.draw(settings, number)
         report(step, trainer.update(rows, Sft()))
         if (step + 1) % 50 == 0:
-            trainer.save(work / "checkpoint.pt")
+            trainer.save(checkpoint)
     save_policy(policy, out, tokenizer=out)
 
 

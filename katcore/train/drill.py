@@ -73,13 +73,12 @@ class Drills:
 
     def _line(self) -> Conversation:
         lines = [" ".join(self._some(1, 4)) for _ in range(self._random.randint(2, 6))]
-        listing = "\n".join(f"{number} {line}" for number, line in enumerate(lines, 1))
         number = self._random.randint(1, len(lines))
-        return [(f"{listing}\nLine {number}?", lines[number - 1])]
+        return [(f"{_numbered(lines)}\nLine {number}?", lines[number - 1])]
 
     def _find(self) -> Conversation:
         lines = [self._some(1, 4) for _ in range(self._random.randint(2, 6))]
-        listing = "\n".join(f"{number} {' '.join(line)}" for number, line in enumerate(lines, 1))
+        listing = _numbered([" ".join(line) for line in lines])
         number = self._random.randint(1, len(lines))
         word = self._random.choice(lines[number - 1])
         return [(f"{listing}\nWhich line has {word}?", f"{number} {word}")]

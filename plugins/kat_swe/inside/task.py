@@ -30,19 +30,19 @@ def main(verb: str, arguments: list[str]) -> str:
 
 def fix(task: dict[str, Any], request: list[str]) -> str:
     """Make one edit and run the failing test."""
+    done = tried()
     words = request[0].split(None, 1) if request else []
     which = request[1] if len(request) > 1 else ""
     if not words or (which and not which.isdecimal()) or len(request) > 2:
-        return f"{_USAGE}\n{left(task)}"
+        return f"{_USAGE}\n{left(task, done)}"
     old, new = words[0], words[1] if len(words) > 1 else ""
     lines = list(task["source"])
     found = list(places((lines[at] for at in task["lines"]), old))
-    done = tried()
     fresh = (at for at in range(1, len(found) + 1) if [old, new, at] not in done)
     number = int(which) if which else next(fresh, 0)
     if not 1 <= number <= len(found):
         problem = f"{len(found) or 'no'} {old[:20]} here"
-        return f"error: {problem}{', tried' if found and not which else ''}\n{left(task)}"
+        return f"error: {problem}{', tried' if found and not which else ''}\n{left(task, done)}"
     shown, start, end = found[number - 1]
     at = task["lines"][shown]
     lines[at] = replaced(lines[at], start, end, new)
@@ -50,9 +50,10 @@ def fix(task: dict[str, Any], request: list[str]) -> str:
     text = path.read_text().splitlines(keepends=True)
     text[task["start"] : task["start"] + len(lines)] = [f"{line}\n" for line in lines]
     path.write_text("".join(text))
-    _TRIED.write_text(json.dumps([*done, [old, new, number]]))
+    done.append([old, new, number])
+    _TRIED.write_text(json.dumps(done))
     result = probe(task["test"])
-    return result if result == "pass" else f"{result}\n{left(task)}"
+    return result if result == "pass" else f"{result}\n{left(task, done)}"
 
 
 def tried() -> list[Any]:
@@ -60,9 +61,8 @@ def tried() -> list[Any]:
     return list(json.loads(_TRIED.read_text())) if _TRIED.exists() else []
 
 
-def left(task: dict[str, Any]) -> str:
+def left(task: dict[str, Any], done: list[Any]) -> str:
     """The words with an edit that was not tried yet."""
-    done = tried()
     words = dict.fromkeys(edit[0] for edit in task["edits"] if edit not in done)
     return f"left: {' '.join(list(words)[:_MAX_WORDS])}"
 
