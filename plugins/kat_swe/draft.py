@@ -52,18 +52,21 @@ def prompt(case: Case, *, needs_reading: bool) -> str:
     return f"{head}\n{body}\n{case.message}"
 
 
+def _invited(case: Case) -> list[Edit]:
+    """The edits that the function invites, in the order of its text.
+
+    For a mutant one of them repairs it; for a release only where an operator happens to make the repair.
+    """
+    function = case.mutant.function
+    found = [edit for edit in edits(function) if edit.is_plain]
+    return sorted(found, key=lambda edit: (next(places(function.shown, edit.old)), edit))
+
+
 def _wrong(case: Case, draw: random.Random) -> list[Edit]:
-    """Up to three other edits of the function."""
+    """Up to three of them that do not repair it."""
     repair = case.mutant.repair
-    others = [edit for edit in edits(case.mutant.function) if edit.command != repair.command]
+    others = [edit for edit in _invited(case) if edit.command != repair.command]
     return draw.sample(others, min(len(others), draw.randint(1, _MAX_WRONG)))
-
-
-def _edits(case: Case) -> list[tuple[str, str, int]]:
-    """The edits that the function invites, in the order of its text; the repair is one of them."""
-    function, repair = case.mutant.function, case.mutant.repair
-    found = {(edit.old, edit.new, edit.number) for edit in (*edits(function), repair)}
-    return sorted(found, key=lambda edit: (next(places(function.shown, edit[0])), edit))
 
 
 def environment(case: Case) -> dict[str, bytes]:
@@ -76,7 +79,7 @@ def environment(case: Case) -> dict[str, bytes]:
         "start": function.start,
         "source": function.source,
         "lines": function.lines,
-        "edits": _edits(case),
+        "edits": [(edit.old, edit.new, edit.number) for edit in _invited(case)],
         "test": runnable(case.test),
     }
     dockerfile = (
