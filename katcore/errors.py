@@ -57,6 +57,22 @@ class EngineError(InfrastructureError):
     """The inference engine failed or went away."""
 
 
+class EngineBusyError(EngineError):
+    """The engine has too much to do. The agent is told to ask again; no rollout fails for it."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(KatError):
+    """An agent asked a model for what it cannot do. The agent is told; no rollout fails for it."""
+
+
+class ContextOverflowError(RequestError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 class ProxyError(InfrastructureError):
     """The proxy failed to record or serve a call."""
 

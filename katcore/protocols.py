@@ -1,12 +1,20 @@
 """All the Protocols on one page, in the order a rollout uses them."""
 
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from katcore.schema.call import EngineRequest, Generation, Message
-from katcore.schema.rollout import ExecResult, ModelEndpoint, Rollout, Trajectory, Verdict
+from katcore.schema.call import EngineRequest, Generation, Message, Tool
+from katcore.schema.rollout import (
+    ExecResult,
+    Installation,
+    ModelEndpoint,
+    Rollout,
+    Trajectory,
+    Verdict,
+)
 from katcore.schema.sample import Sample
 from katcore.schema.task import SandboxSpec, Task
 
@@ -67,6 +75,20 @@ class SupportsChanges(Protocol):
         """Make the changes of another sandbox of the same image."""
 
 
+@runtime_checkable
+class SupportsDoor(Protocol):
+    """A sandbox with a way out to one service of the host, and to nothing else."""
+
+    def door(self) -> tuple[socket.socket, str]:
+        """A listening socket in the sandbox's own network, and its URL there.
+
+        Who accepts, serves the sandbox. The socket is the caller's from now on.
+
+        Raises:
+            SandboxError: it was opened without `has_door`, or the door is taken.
+        """
+
+
 class SandboxBackend(Protocol):
     """Opens sandboxes. Leaving the context destroys the machine, whatever happened inside."""
 
@@ -85,17 +107,26 @@ class SandboxBackend(Protocol):
 class Engine(Protocol):
     """Samples from a model: token ids in, token ids and log-probabilities out."""
 
-    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
-        """Ids of `messages`, ending where the assistant's answer begins.
+    def encode(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
+    ) -> tuple[int, ...]:
+        """Ids of `messages[start:]`, ending where the assistant's answer begins.
 
-        With `is_continuation` they follow ids that end with a sampled end-of-turn token.
+        With `start`, `messages[start - 1]` is an answer of the assistant, and the ids follow its end-of-turn
+        token. Safe to call from another thread.
+
+        Raises:
+            RequestError: the model takes no such message, for instance no images.
         """
 
     async def generate(self, request: EngineRequest) -> Generation:
         """One completion.
 
         Raises:
-            EngineError: the engine failed; or the prompt is longer than its context.
+            EngineError: the engine failed.
+            EngineBusyError: it will take the request later.
+            RequestError: the model cannot do what is asked, as with a prompt beyond its context
+                (`ContextOverflowError`).
         """
 
 
@@ -104,6 +135,18 @@ class Scaffold(Protocol):
 
     async def run(self, prompt: str, sandbox: Sandbox, endpoint: ModelEndpoint) -> ExecResult:
         """Work on `prompt` until done. `stderr` says why it ended."""
+
+
+@runtime_checkable
+class RunsInside(Protocol):
+    """A scaffold whose program runs in the sandbox."""
+
+    async def install(self, report: Callable[[str], None]) -> Installation:
+        """What the sandbox has to have. Made once; later calls find it.
+
+        Raises:
+            ScaffoldError: it cannot be installed; says what is missing.
+        """
 
 
 class Verifier(Protocol):

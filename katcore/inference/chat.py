@@ -1,29 +1,39 @@
-"""Messages to token ids, by the tokenizer's own chat template."""
+"""Messages to token ids and back, by the tokenizer's own chat template and response template."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from katcore.errors import EngineError
-from katcore.schema.call import Message
+from katcore.errors import EngineError, RequestError
+from katcore.schema.call import Message, Tool, ToolCall
 
-_PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+_QUESTION = {"role": "user", "content": "q"}
+_MARK = "katcore-answer"
+_TAIL = 64
+"""Ids of a prompt that are looked at to see whether the template began the answer."""
+
+Said = tuple[str, str, tuple[ToolCall, ...]]
+"""What an answer says: text, reasoning, tool calls."""
 
 
 class ChatTokenizer:
-    """A model folder's tokenizer and chat template."""
+    """A model folder's tokenizer and templates."""
 
     def __init__(self, model: Path) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
         if not self._tokenizer.chat_template:
             raise EngineError(f"{model}: its tokenizer has no chat template")
+        self.end_ids = frozenset(_end_ids(model, self._tokenizer))
+        self._ends = [self._tokenizer.convert_ids_to_tokens(number) for number in self.end_ids]
 
     @property
     def end_id(self) -> int:
-        """The token that ends an answer."""
+        """The token that ends an answer, where it is us who write one."""
         return int(self._tokenizer.eos_token_id)
 
     @property
@@ -31,27 +41,68 @@ class ChatTokenizer:
         """How many ids there are."""
         return len(self._tokenizer)
 
-    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
+    ) -> tuple[int, ...]:
         """See `Engine.encode`.
 
-        A continuation is what the template renders after a finished answer: the template applied to a
-        conversation of two plus `messages`, less that conversation up to its end-of-turn token.
+        What follows an answer is what the template renders after it in a conversation of a question, that
+        answer and `messages[start:]`, from its end-of-turn token on.
+
+        Raises:
+            RequestError: a message holds an image.
+            EngineError: the template does not render what was answered before.
         """
-        chat = [
-            {"role": message.role, "content": self._plain(message.content)} for message in messages
-        ]
-        if not is_continuation:
-            return self._ids(self._render(chat))
-        text = self._render([*_PAIR, *chat])
-        if not text.startswith(self._stem):
-            raise EngineError(
-                "the chat template rewrites history; conversations cannot be continued"
-            )
-        return self._ids(text[len(self._stem) :])
+        names = {call.id: call.name for message in messages for call in message.tool_calls}
+        chat = [self._entry(message, names) for message in messages[start:]]
+        if not start:
+            return self._ids(self._render(chat, tools))
+        answered = {**self._entry(messages[start - 1], names), "content": _MARK}
+        answered.pop("reasoning_content", None)
+        text = self._render([_QUESTION, answered, *chat], tools)
+        at = text.find(_MARK)
+        if at < 0:
+            # Some templates show of an answer with tool calls nothing but these.
+            at = len(commonprefix([self._render([_QUESTION], tools), text]))
+        return self._ids(text[self._answer_end(text, at) :])
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text, its end-of-turn token included."""
         return (*self._ids(self._plain(text)), self.end_id)
+
+    def answer_ids(self, message: Message, tools: Sequence[Tool]) -> tuple[int, ...]:
+        """Ids of an answer as the template renders it, its end-of-turn token included.
+
+        Raises:
+            EngineError: the template has no place for tool calls.
+        """
+        if not message.tool_calls:
+            return self.text_ids(message.content)
+        before = self._render([_QUESTION], tools)
+        chat = [_QUESTION, self._entry(message, {})]
+        whole = self._template(chat, tools, add_generation_prompt=False)
+        call = message.tool_calls[0]
+        if not whole.startswith(before) or call.name not in whole[len(before) :]:
+            raise EngineError("the chat template does not render tool calls")
+        return self._ids(whole[len(before) : self._answer_end(whole, len(before))])
+
+    def read(
+        self, ids: Sequence[int], prompt_ids: Sequence[int] = (), tools: Sequence[Tool] = ()
+    ) -> Said:
+        """What the ids of an answer say. What is no tool call, though it may look like one, is text."""
+        if self._response is None:
+            return self.decode(ids), "", ()
+        prefix = self._tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False)
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        try:
+            parsed = self._tokenizer.parse_response(
+                text, self._response, prefix=prefix, tools=_offered(tools)
+            )
+            calls = tuple(map(_called, parsed.get("tool_calls") or ()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return self.decode(ids), "", ()
+        content, reasoning = parsed.get("content") or "", parsed.get("reasoning_content") or ""
+        return content.rstrip() if calls else content, reasoning.strip(), calls
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
@@ -62,15 +113,61 @@ class ChatTokenizer:
         )
 
     @cached_property
-    def _stem(self) -> str:
-        text = str(self._tokenizer.apply_chat_template(_PAIR, tokenize=False))
-        end = str(self._tokenizer.eos_token)
-        return text[: text.rindex(end) + len(end)]
+    def _response(self) -> Any:
+        """How answers are read: the tokenizer's own response template, or the one TRL knows for it."""
+        own = getattr(self._tokenizer, "response_template", None)
+        if own is not None or "tools" not in str(self._tokenizer.chat_template):
+            return own
+        from trl.chat_template_utils import add_response_schema  # noqa: PLC0415 - takes seconds
 
-    def _render(self, chat: list[dict[str, str]]) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            return add_response_schema(self._tokenizer).response_template
+        except ValueError:
+            return None
+
+    def _answer_end(self, text: str, start: int) -> int:
+        """Where the answer that begins at `start` or before is over."""
+        ends = [
+            text.find(end, start) + len(end) for end in self._ends if text.find(end, start) >= 0
+        ]
+        if not ends:
+            raise EngineError("the chat template ends no answer; no conversation can go on")
+        return min(ends)
+
+    def _entry(self, message: Message, names: Mapping[str, str]) -> dict[str, Any]:
+        if message.images:
+            raise RequestError("this model takes no images")
+        entry: dict[str, Any] = {"role": message.role, "content": self._plain(message.content)}
+        if message.reasoning:
+            entry["reasoning_content"] = self._plain(message.reasoning)
+        if message.tool_calls:
+            entry["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        if message.role == "tool":
+            entry["tool_call_id"] = message.tool_call_id
+            entry["name"] = names.get(message.tool_call_id, "")
+        return entry
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        try:
+            arguments: Any = json.loads(self._plain(call.arguments) or "{}")
+        except ValueError:
+            arguments = self._plain(call.arguments)
+        function = {"name": self._plain(call.name), "arguments": arguments}
+        return {"type": "function", "id": call.id, "function": function}
+
+    def _render(self, chat: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+        return self._template(chat, tools, add_generation_prompt=True)
+
+    def _template(
+        self, chat: list[dict[str, Any]], tools: Sequence[Tool], *, add_generation_prompt: bool
+    ) -> str:
+        text = self._tokenizer.apply_chat_template(
+            chat,
+            tools=_offered(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
+        return str(text)
 
     def _plain(self, content: str) -> str:
         """`content` with the control tokens it spells broken up: a file may not end a turn."""
@@ -81,3 +178,34 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _end_ids(model: Path, tokenizer: Any) -> set[int]:
+    ends = {int(tokenizer.eos_token_id)}
+    if (model / "generation_config.json").exists():
+        given = GenerationConfig.from_pretrained(str(model)).eos_token_id
+        ends |= set(given if isinstance(given, list) else () if given is None else (given,))
+    return ends
+
+
+def _offered(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": json.loads(tool.parameters),
+            },
+        }
+        for tool in tools
+    ] or None
+
+
+def _called(parsed: Mapping[str, Any]) -> ToolCall:
+    name, arguments = parsed["function"]["name"], parsed["function"]["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError("not a tool call")
+    return ToolCall("", name, json.dumps(arguments, ensure_ascii=False))

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from katcore.errors import EngineError
+from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.cache import Slot, SlotCache
 from katcore.inference.chat import ChatTokenizer
-from katcore.schema.call import EngineRequest, Generation, Message
+from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class _Active:
     slot: Slot
     pending: list[int]
     version: str
+    random: torch.Generator | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -72,14 +73,21 @@ class EmbeddedEngine:
         for slot in self._slots:
             slot.ids = None
 
-    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
+    ) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return self._chat.encode(messages, is_continuation=is_continuation)
+        return self._chat.encode(messages, tools=tools, start=start)
 
     async def generate(self, request: EngineRequest) -> Generation:
-        """See `Engine.generate`. Without room for a single token the answer is empty, cut at its length."""
-        if len(request.prompt_ids) >= self._context:
-            return Generation((), (), "", "length", self._version)
+        """See `Engine.generate`."""
+        num, sampling = len(request.prompt_ids), request.sampling
+        if num >= self._context:
+            raise ContextOverflowError(
+                f"prompt is too long: {num} tokens > {self._context - 1} maximum"
+            )
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            raise RequestError("the embedded engine knows no presence or frequency penalty")
         answer: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, answer))
         if self._loop is None or self._loop.done():
@@ -117,7 +125,9 @@ class EmbeddedEngine:
                 next(self._clock),
             )
             pending = list(request.prompt_ids[held:])
-            self._active.append(_Active(request, answer, slot, pending, self._version))
+            seed = request.sampling.seed
+            own_random = None if seed is None else torch.Generator().manual_seed(seed)
+            self._active.append(_Active(request, answer, slot, pending, self._version, own_random))
 
     def _step(self) -> None:
         """Fill waiting prompts in, or take one token everywhere."""
@@ -181,6 +191,12 @@ class EmbeddedEngine:
         scale_B1 = torch.where(temperatures > 0, temperatures, 1.0)[:, None]
         logprobs_BV = (logits_BV / scale_B1).log_softmax(1)
         noise_BV = torch.empty_like(logprobs_BV).exponential_(generator=self._random)
+        for row, item in enumerate(batch):
+            sampling = item.request.sampling
+            if sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1):
+                logprobs_BV[row] = _cut(logprobs_BV[row], sampling)
+            if item.random is not None:
+                noise_BV[row].exponential_(generator=item.random)
         drawn_B = (logprobs_BV - noise_BV.log()).argmax(1)
         tokens_B = torch.where(temperatures > 0, drawn_B, logits_BV.argmax(1))
         chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
@@ -189,7 +205,7 @@ class EmbeddedEngine:
     def _finish(self) -> None:
         going = []
         for item in self._active:
-            is_end = bool(item.ids) and item.ids[-1] == self._chat.end_id
+            is_end = bool(item.ids) and item.ids[-1] in self._chat.end_ids
             room = min(
                 item.request.sampling.max_tokens, self._context - len(item.request.prompt_ids)
             )
@@ -198,16 +214,21 @@ class EmbeddedEngine:
                 continue
             item.slot.is_busy = False
             if not item.answer.done():
-                text = self._chat.decode(item.ids)
-                generation = Generation(
-                    tuple(item.ids),
-                    tuple(item.logprobs),
-                    text,
-                    "stop" if is_end else "length",
-                    item.version,
-                )
-                item.answer.set_result(generation)
+                item.answer.set_result(self._generation(item, "stop" if is_end else "length"))
         self._active = going
+
+    def _generation(self, item: _Active, finish: Literal["stop", "length"]) -> Generation:
+        request, ids = item.request, tuple(item.ids)
+        text, reasoning, calls = self._chat.read(ids, request.prompt_ids, request.tools)
+        return Generation(
+            ids,
+            tuple(item.logprobs),
+            text,
+            finish,
+            item.version,
+            reasoning=reasoning,
+            tool_calls=calls,
+        )
 
     def _drop_cancelled(self) -> None:
         for item in self._active:
@@ -234,6 +255,19 @@ def open_engine(
     )
     chat = ChatTokenizer(folder)
     return EmbeddedEngine(model.eval(), chat, num_slots=num_slots, context=context, seed=seed)
+
+
+def _cut(logprobs_V: Tensor, sampling: Sampling) -> Tensor:
+    """The log-probabilities after top-k and then top-p, made to sum to one again."""
+    ordered_V, order_V = logprobs_V.sort(descending=True)
+    kept_V = torch.ones_like(ordered_V, dtype=torch.bool)
+    if sampling.top_k:
+        kept_V[sampling.top_k :] = False
+    before_V = ordered_V.exp().where(kept_V, 0).cumsum(0).roll(1)
+    before_V[0] = 0
+    kept_V &= before_V < sampling.top_p * ordered_V.exp().where(kept_V, 0).sum()
+    ordered_V[~kept_V] = -torch.inf
+    return torch.empty_like(logprobs_V).scatter(0, order_V, ordered_V).log_softmax(0)
 
 
 def _num_common(held: Sequence[int], wanted: Sequence[int]) -> int:

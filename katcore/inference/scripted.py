@@ -4,27 +4,34 @@ from collections.abc import Sequence
 
 from katcore.errors import EngineError
 from katcore.inference.chat import ChatTokenizer
-from katcore.schema.call import EngineRequest, Generation, Message
+from katcore.schema.call import EngineRequest, Generation, Message, Tool, ToolCall
 
 POLICY = "scripted"
 
 
 class ScriptedEngine:
-    """Answers a conversation that has n answers with turn n of its programme."""
+    """Answers a conversation that has n answers with turn n of its programme.
 
-    def __init__(self, chat: ChatTokenizer, turns: tuple[str, ...]) -> None:
+    A turn is a text, or the tool calls to make.
+    """
+
+    def __init__(self, chat: ChatTokenizer, turns: Sequence[str | tuple[ToolCall, ...]]) -> None:
         self._chat = chat
         self._turns = turns
 
-    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
+    ) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return self._chat.encode(messages, is_continuation=is_continuation)
+        return self._chat.encode(messages, tools=tools, start=start)
 
     async def generate(self, request: EngineRequest) -> Generation:
         """See `Engine.generate`. The ids are tokenised once, here, and marked as scripted."""
         number = sum(message.role == "assistant" for message in request.messages)
         if number >= len(self._turns):
             raise EngineError(f"session {request.session_id}: its programme has no turn {number}")
-        text = self._turns[number]
-        ids = self._chat.text_ids(text)
-        return Generation(ids, (0.0,) * len(ids), text, "stop", POLICY, "scripted")
+        turn = self._turns[number]
+        text, calls = (turn, ()) if isinstance(turn, str) else ("", turn)
+        ids = self._chat.answer_ids(Message("assistant", text, tool_calls=calls), request.tools)
+        logprobs = (0.0,) * len(ids)
+        return Generation(ids, logprobs, text, "stop", POLICY, "scripted", tool_calls=calls)

@@ -36,7 +36,9 @@ class Rollouts:
         make = self.job.plugins.make
         scaffold = make("scaffold", expert.scaffold, expert.scaffold_options)
         verifier = make("verifier", expert.verifier, expert.verifier_options)
-        return Parts(self.proxy, self.backend, scaffold, verifier, sampling)
+        return Parts(
+            self.proxy, self.backend, scaffold, verifier, sampling, scaffold_name=expert.scaffold
+        )
 
     async def run(self, attempts: Iterable[Attempt], parts: Parts) -> AsyncIterator[Rollout]:
         """Every attempt's rollout as it ends; observers are told of each.

@@ -1,37 +1,47 @@
-"""Sessions: one API key, one rollout, one budget."""
+"""Sessions: one API key, one rollout, one budget, and all that was said in it."""
 
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from katcore.errors import InfrastructureError
 from katcore.protocols import Engine
-from katcore.schema.call import Message, ModelCall, Sampling
+from katcore.proxy.conversation import Conversations, Prompt
+from katcore.schema.call import Message, ModelCall, Sampling, Tool
+from katcore.trajectory.raw import Requests
+
+MODEL = "policy"
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one rollout may spend. Agents ignore their own limits, so these are held here."""
+    """What one rollout may spend. Agents ignore their own limits, so these are held here.
+
+    `call_seconds` is how long the engine may take over one answer; longer is the engine's failure.
+    """
 
     max_calls: int = 64
     max_tokens: int = 65536
     seconds: float = 3600.0
+    call_seconds: float = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
     """What a session is opened with.
 
-    `sampling` is the run's: temperature and seed override whatever the agent asks for, and `max_tokens`
-    bounds it.
+    `sampling` is the run's. In training it stands above whatever the agent asks for, and its `max_tokens`
+    bounds the answer; otherwise the agent has its own way, within that bound.
     """
 
     session_id: str
     engine: Engine
     sampling: Sampling
     budget: Budget = Budget()
+    model: str = MODEL
+    is_training: bool = True
 
 
 class BudgetExhausted(Exception):  # noqa: N818 - an expected end, not a failure
@@ -39,39 +49,26 @@ class BudgetExhausted(Exception):  # noqa: N818 - an expected end, not a failure
 
 
 @dataclass(slots=True)
-class _Path:
-    """The conversation up to and including one recorded call."""
-
-    call_id: str
-    messages: tuple[Message, ...]
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt in token ids, and how it continues what was recorded."""
-
-    parent: str
-    shared_ids: tuple[int, ...]
-    new_ids: tuple[int, ...]
-    new_messages: tuple[Message, ...]
-    is_exact: bool
-
-
-@dataclass(slots=True)
 class Session:
-    """One open rollout: its calls so far, as the paths that a next call can continue."""
+    """The state of one rollout at the proxy."""
 
     spec: SessionSpec
     key: str = field(default_factory=lambda: f"kat-{secrets.token_urlsafe(24)}")
     calls: list[ModelCall] = field(default_factory=list)
     failure: InfrastructureError | None = None
+    num_asked: int = 0
+    spent_s: float = 0.0
+    """When the agent was first told that its budget is spent, on the monotonic clock; 0 if it was not."""
+    bodies: Requests = field(default_factory=Requests)
     num_open: int = 0
     _started_s: float = field(default_factory=time.monotonic)
     _waited_s: float = 0.0
     _waiting_since_s: float = 0.0
     _num_tokens: int = 0
-    _paths: list[_Path] = field(default_factory=list)
+    _conversations: Conversations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._conversations = Conversations(self.spec.engine)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -106,37 +103,17 @@ class Session:
         """What is used for the next call."""
         own = self.spec.sampling
         limit = min(own.max_tokens, requested.max_tokens)
+        if not self.spec.is_training:
+            return replace(requested, max_tokens=limit)
         seed = None if own.seed is None else own.seed + len(self.calls)
-        return Sampling(own.temperature, limit, seed)
+        return replace(own, max_tokens=limit, seed=seed)
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The ids for `messages`: the longest recorded conversation they continue, plus what is new.
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Prompt:
+        """See `Conversations.prompt`."""
+        return self._conversations.prompt(messages, tools)
 
-        Text that an agent sends back is never tokenised again where it was recorded. History that was
-        recorded nowhere is tokenised, and the call says it is not exact.
-        """
-        sent = tuple(messages)
-        best: _Path | None = None
-        for path in self._paths:
-            if len(path.messages) < len(sent) and sent[: len(path.messages)] == path.messages:
-                best = path if best is None or len(path.ids) >= len(best.ids) else best
-        encode = self.spec.engine.encode
-        if best is None:
-            is_exact = all(message.role != "assistant" for message in sent)
-            return Prompt("", (), encode(sent, is_continuation=False), sent, is_exact)
-        rest = sent[len(best.messages) :]
-        is_exact = all(message.role != "assistant" for message in rest)
-        ids = encode(rest, is_continuation=True)
-        return Prompt(best.call_id, best.ids, ids, rest, is_exact)
-
-    def record(self, call: ModelCall, prompt: Prompt, messages: Sequence[Message]) -> None:
-        """Remember a call that is on disk.
-
-        An answer cut off at its length has no end-of-turn token, so no exact conversation continues it.
-        """
+    def record(self, call: ModelCall, prompt: Prompt) -> None:
+        """Remember a call that is on disk."""
         self.calls.append(call)
         self._num_tokens += len(call.generation.ids)
-        if call.generation.finish == "stop":
-            answer = Message("assistant", call.generation.text)
-            ids = prompt.shared_ids + prompt.new_ids + call.generation.ids
-            self._paths.append(_Path(call.call_id, (*messages, answer), ids))
+        self._conversations.record(call, prompt)

@@ -1,9 +1,10 @@
 """One task, once: sandbox, agent, changes, fresh sandbox, verdict. Failures say whose fault they were."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from katcore.errors import (
@@ -16,18 +17,26 @@ from katcore.errors import (
 )
 from katcore.protocols import (
     Engine,
+    RunsInside,
+    Sandbox,
     SandboxBackend,
     Scaffold,
     SupportsChanges,
+    SupportsDoor,
     Verifier,
 )
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
 from katcore.schema.call import Sampling
 from katcore.schema.rollout import ExecResult, ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
-from katcore.schema.task import Task
+from katcore.schema.task import SandboxSpec, Task
 from katcore.trajectory.tree import build_trajectory
 
+_LOG = logging.getLogger(__name__)
+_SHOWN = 300
+_POLL_S = 1.0
+_GRACE_S = 30.0
+"""How long an agent may take to stop that was told that its budget is spent."""
 _FAULTS: tuple[tuple[type[InfrastructureError], Outcome], ...] = (
     (EngineError, Outcome.ENGINE_FAILED),
     (ProxyError, Outcome.ENGINE_FAILED),
@@ -47,6 +56,8 @@ class Parts:
     verifier: Verifier
     sampling: Sampling
     budget: Budget = field(default_factory=Budget)
+    scaffold_name: str = ""
+    is_training: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class _Progress:
+    scaffold: str
     phase: str = "open"
     exit_reason: str = ""
     verdict: Verdict = field(default_factory=lambda: Verdict(None))
@@ -75,13 +87,19 @@ class _Progress:
 
 async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollout:
     """Run it to its end. Only cancellation leaves this function as an exception."""
-    spec = SessionSpec(rollout_id, attempt.engine, parts.sampling, parts.budget)
+    spec = SessionSpec(
+        rollout_id,
+        attempt.engine,
+        parts.sampling,
+        parts.budget,
+        is_training=parts.is_training,
+    )
     session, endpoint = parts.proxy.open(spec)
-    progress = _Progress()
+    progress = _Progress(parts.scaffold_name)
     outcome, reason = Outcome.SCORED, ""
     try:
         changes = await _work(attempt.task, (session, endpoint), parts, progress)
-        parts.proxy.close(session)
+        await parts.proxy.close(session)
         if session.failure:
             raise session.failure
         progress.enter("verify")
@@ -91,7 +109,7 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
         outcome, reason = _blame(session.failure or error, progress.phase)
         progress.verdict = Verdict(None)
     finally:
-        parts.proxy.close(session)
+        await parts.proxy.close(session)
     task = attempt.task
     return Rollout(
         rollout_id,
@@ -105,6 +123,7 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
         progress.exit_reason,
         reason,
         progress.seconds,
+        progress.scaffold,
     )
 
 
@@ -112,20 +131,54 @@ async def _work(
     task: Task, opened: tuple[Session, ModelEndpoint], parts: Parts, progress: _Progress
 ) -> bytes:
     session, endpoint = opened
-    async with parts.backend.open(task.sandbox) as sandbox:
+    async with parts.backend.open(await _machine(task, parts, progress)) as sandbox:
         if not isinstance(sandbox, SupportsChanges):
             raise SandboxError(
                 "this sandbox cannot say what was changed; it cannot be judged afresh"
             )
+        if isinstance(parts.scaffold, RunsInside):
+            endpoint = await _through_the_door(sandbox, opened, parts.proxy)
         progress.enter("agent")
         try:
             agent = parts.scaffold.run(task.prompt, sandbox, endpoint)
             result = await _within(task.timeout_s, agent, session)
-            progress.exit_reason = result.stderr.decode(errors="replace")[-200:]
+            progress.exit_reason = result.stderr.decode(errors="replace")[-_SHOWN:]
         except TimeoutError:
             progress.exit_reason = "time"
+        if session.spent_s:
+            progress.exit_reason = "budget"
+        if not session.num_asked:
+            raise ScaffoldError(f"it never asked the model for anything: {progress.exit_reason}")
         progress.enter("changes")
         return await sandbox.changes()
+
+
+async def _machine(task: Task, parts: Parts, progress: _Progress) -> SandboxSpec:
+    """The task's sandbox, with what the scaffold needs besides."""
+    spec = task.sandbox
+    if not isinstance(parts.scaffold, RunsInside):
+        return spec
+    needs = await parts.scaffold.install(_LOG.info)
+    progress.scaffold = f"{progress.scaffold} {needs.version}".strip()
+    return replace(
+        spec,
+        memory_mib=max(spec.memory_mib, needs.memory_mib),
+        max_processes=max(spec.max_processes, needs.max_processes),
+        disk_mib=max(spec.disk_mib, needs.disk_mib),
+        tools=needs.tools,
+        has_door=True,
+    )
+
+
+async def _through_the_door(
+    sandbox: Sandbox, opened: tuple[Session, ModelEndpoint], proxy: Proxy
+) -> ModelEndpoint:
+    session, endpoint = opened
+    if not isinstance(sandbox, SupportsDoor):
+        raise SandboxError("this scaffold runs in the sandbox, and this sandbox has no door")
+    door, url = sandbox.door()
+    await proxy.listen(session, door)
+    return replace(endpoint, inside_url=url)
 
 
 async def _within(
@@ -134,16 +187,20 @@ async def _within(
     """The agent's result, or TimeoutError once it has worked for `limit_s` seconds.
 
     While it waits for the model its clock stands still: a slow engine is not the policy's fault, and the
-    session's own budget bounds the wait.
+    session's own budget bounds the wait. One that goes on for long after its budget was spent, or after the
+    engine failed, is stopped.
     """
     running = asyncio.ensure_future(agent)
     started_s = time.monotonic()
     try:
         while not running.done():
-            left_s = limit_s - (time.monotonic() - started_s - session.waited_s)
-            if left_s <= 0:
+            now = time.monotonic()
+            left_s = limit_s - (now - started_s - session.waited_s)
+            if session.failure:
+                raise session.failure
+            if left_s <= 0 or (session.spent_s and now - session.spent_s > _GRACE_S):
                 raise TimeoutError
-            await asyncio.wait({running}, timeout=left_s)
+            await asyncio.wait({running}, timeout=min(left_s, _POLL_S))
         return running.result()
     finally:
         running.cancel()

@@ -4,6 +4,7 @@ The shape is mini-swe-agent's (https://github.com/SWE-agent/mini-swe-agent): no 
 the sandbox. It runs beside the proxy, and every command runs in the sandbox.
 """
 
+import asyncio
 import re
 
 import aiohttp
@@ -15,6 +16,8 @@ from katcore.schema.rollout import ExecResult, ModelEndpoint
 
 _FENCE = re.compile(r"```(?:bash|sh)?\s*\n(.*?)\n?```", re.DOTALL)
 _SUBMIT = "submit"
+_STOPS = {"budget_exhausted": "budget", "context_length_exceeded": "length"}
+"""Codes of an answer that is none, and why the agent ends then."""
 
 
 class MiniConfig(BaseModel):
@@ -43,8 +46,8 @@ class MiniScaffold:
         async with aiohttp.ClientSession(headers=_headers(endpoint)) as client:
             for _ in range(self._config.max_turns):
                 answer, finish = await _ask(client, endpoint, messages)
-                if finish == "budget":
-                    return _ended("budget")
+                if finish in _STOPS:
+                    return _ended(_STOPS[finish])
                 command = _command(answer)
                 if command == _SUBMIT:
                     return _ended("submitted")
@@ -95,15 +98,21 @@ def _headers(endpoint: ModelEndpoint) -> dict[str, str]:
 async def _ask(
     client: aiohttp.ClientSession, endpoint: ModelEndpoint, messages: list[dict[str, str]]
 ) -> tuple[str, str]:
+    """The answer and why it ended; asks again where the endpoint is busy."""
     body = {"model": endpoint.model, "messages": messages}
+    url = f"{endpoint.base_url}/v1/chat/completions"
     try:
-        async with client.post(f"{endpoint.base_url}/chat/completions", json=body) as response:
-            content = await response.json()
-            if response.status == 403:
-                return "", "budget"
-            if response.status != 200:
-                raise ScaffoldError(f"HTTP {response.status}: {content['error']['message']}")
-            choice = content["choices"][0]
-            return choice["message"]["content"], choice["finish_reason"]
+        while True:
+            async with client.post(url, json=body) as response:
+                content = await response.json()
+                if response.status == 200:
+                    choice = content["choices"][0]
+                    return choice["message"]["content"], choice["finish_reason"]
+                error = content["error"]
+                if error["code"] in _STOPS:
+                    return "", error["code"]
+                if response.status != 429:
+                    raise ScaffoldError(f"HTTP {response.status}: {error['message']}")
+                await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
     except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
         raise ScaffoldError(f"no chat completion from the endpoint: {error!r}") from error

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal
 
-from katcore.schema.call import Message, Origin
+from katcore.schema.call import Message, Origin, Tool, ToolCall
 
 
 class Outcome(StrEnum):
@@ -28,15 +29,25 @@ class Verdict:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+TurnRole = Literal["main", "subagent", "post-compaction", "auxiliary", "discarded"]
+"""`main`: the agent's own conversation; `post-compaction`: the same after its history was put into a summary;
+`subagent`: one that it started, and waited for; `auxiliary`: titles, summaries, probes; `discarded`: an
+answer that was asked for again, and not used."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One model call inside a trajectory tree.
 
-    `parent` is the index of the turn it continues (-1: a root). `prompt_ids` are the ids that were new
-    to this call (environment tokens, never trained); `ids` are the sampled ones with `logprobs`.
+    `parent` is the index of the turn whose conversation it shares (-1: none). Of that conversation, answer
+    included, its prompt begins with the first `num_shared_messages` messages and the first `num_shared` ids;
+    `messages` and `prompt_ids` follow (the environment's, never trained). `ids` are the answer with its
+    `logprobs`. `tools` None are the parent's.
     """
 
     parent: int
+    num_shared_messages: int
+    num_shared: int
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -44,7 +55,23 @@ class Turn:
     text: str
     policy_version: str
     origin: Origin = "sampled"
-    role: Literal["main", "auxiliary", "discarded"] = "main"
+    role: TurnRole = "main"
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tools: tuple[Tool, ...] | None = None
+    is_exact: bool = True
+    started_s: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def num_ids(self) -> int:
+        """Ids of the conversation that it leaves."""
+        return self.num_shared + len(self.prompt_ids) + len(self.ids)
+
+    @property
+    def message(self) -> Message:
+        """The answer as a message."""
+        return Message("assistant", self.text, self.reasoning, self.tool_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +81,31 @@ class Trajectory:
     session_id: str
     turns: tuple[Turn, ...]
 
+    def prompt(self, number: int) -> tuple[Message, ...]:
+        """All messages that turn `number` was asked with."""
+        turn = self.turns[number]
+        parts, left = [turn.messages], turn.num_shared_messages
+        while left:
+            turn = self.turns[turn.parent]
+            own = (*turn.messages, turn.message)
+            parts.append(own[: max(0, left - turn.num_shared_messages)])
+            left = min(left, turn.num_shared_messages)
+        return tuple(message for part in reversed(parts) for message in part)
+
+    def tools(self, number: int) -> tuple[Tool, ...]:
+        """The tools that turn `number` was offered."""
+        turn = self.turns[number]
+        while turn.tools is None and turn.parent >= 0:
+            turn = self.turns[turn.parent]
+        return turn.tools or ()
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One attempt at one task: what happened, and whether it may be learnt from."""
+    """One attempt at one task: what happened, and whether it may be learnt from.
+
+    `scaffold` is its name and, where it was installed, its version: `claude-code 2.1.330`.
+    """
 
     id: str
     task_id: str
@@ -70,6 +118,7 @@ class Rollout:
     exit_reason: str = ""
     error: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    scaffold: str = ""
     schema_version: int = 1
 
     @property
@@ -90,8 +139,24 @@ class ExecResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelEndpoint:
-    """Where a scaffold reaches its model. The key names the rollout; it is not the engine's."""
+    """Where a scaffold reaches its model. The key names the rollout; it is not the engine's.
+
+    `base_url` has no `/v1`. It is for a scaffold beside the proxy, `inside_url` for one in the sandbox (""
+    where the sandbox has no door).
+    """
 
     base_url: str
     api_key: str
     model: str
+    inside_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """A scaffold as installed: its version, its folder, and what it needs of a sandbox at least."""
+
+    version: str
+    tools: Path | None
+    memory_mib: int
+    max_processes: int
+    disk_mib: int

@@ -9,13 +9,16 @@ class SandboxSpec:
     """The machine one rollout needs.
 
     `environment` is a folder with a Dockerfile (Harbor's `environment/`); the backend builds it once
-    per content and shares it.
+    per content and shares it. `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
+    `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`).
     """
 
     environment: Path
     memory_mib: int = 512
     max_processes: int = 128
     disk_mib: int = 256
+    tools: Path | None = None
+    has_door: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ class Audit:
     problems: tuple[str, ...]
 
 
-_Answer = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], str, str]
-"""Prompt, ids, log-probabilities, policy and origin."""
+_Answer = tuple[int, tuple[int, ...], tuple[float, ...], str, str]
+"""Hash of the prompt, ids, log-probabilities, policy and origin."""
 
 
 def audit_samples(samples: Iterable[Sample], calls: Mapping[str, list[ModelCall]]) -> Audit:
@@ -33,10 +33,11 @@ def audit_samples(samples: Iterable[Sample], calls: Mapping[str, list[ModelCall]
         num_samples += 1
         if sample.rollout_id not in left:
             left[sample.rollout_id] = _answers(calls.get(sample.rollout_id, []))
+        beginnings = _beginnings(sample)
         for run in _trained_runs(sample):
             num_tokens += len(run)
             try:
-                left[sample.rollout_id].remove(_claimed(sample, run))
+                left[sample.rollout_id].remove(_claimed(sample, beginnings, run))
             except ValueError:
                 problems.append(
                     f"{sample.rollout_id}: trained tokens {run[0]}..{run[-1]} are no recorded answer"
@@ -46,25 +47,62 @@ def audit_samples(samples: Iterable[Sample], calls: Mapping[str, list[ModelCall]
 
 def _answers(calls: list[ModelCall]) -> list[_Answer]:
     """What may be trained. A call whose parent was not recorded has no known prompt, so it may not."""
-    conversations: dict[str, tuple[int, ...]] = {"": ()}
+    known: dict[str, _Hashes] = {}
     answers: list[_Answer] = []
     for call in calls:
-        if call.parent in conversations:
-            prompt, made = conversations[call.parent] + call.new_prompt_ids, call.generation
-            conversations[call.call_id] = prompt + made.ids
-            answers.append((prompt, made.ids, made.logprobs, made.policy_version, made.origin))
+        parent = known.get(call.parent)
+        if call.parent and (parent is None or call.num_shared > parent.num_ids):
+            continue
+        made = call.generation
+        hashes = _Hashes(parent, call.num_shared, call.new_prompt_ids + made.ids)
+        known[call.call_id] = hashes
+        prompt = hashes.at(call.num_shared + len(call.new_prompt_ids))
+        answers.append((prompt, made.ids, made.logprobs, made.policy_version, made.origin))
     return answers
 
 
-def _claimed(sample: Sample, run: list[int]) -> _Answer:
-    path: list[int] = []
-    at = sample.parents[run[0]]
-    while at >= 0:
-        path.append(sample.tokens[at])
-        at = sample.parents[at]
+class _Hashes:
+    """The hash of each beginning of a call's conversation: some of the parent's, then its own."""
+
+    def __init__(self, parent: "_Hashes | None", num_shared: int, ids: Iterable[int]) -> None:
+        self._parent = parent
+        self._num_shared = num_shared
+        self._own = [parent.at(num_shared) if parent else _EMPTY]
+        for number in ids:
+            self._own.append(_longer(self._own[-1], number))
+
+    @property
+    def num_ids(self) -> int:
+        return self._num_shared + len(self._own) - 1
+
+    def at(self, num: int) -> int:
+        node = self
+        while num < node._num_shared and node._parent:
+            node = node._parent
+        return node._own[num - node._num_shared]
+
+
+_EMPTY = 0
+
+
+def _longer(beginning: int, number: int) -> int:
+    return hash((beginning, number))
+
+
+def _beginnings(sample: Sample) -> list[int]:
+    """The hash of the path up to each token, the token included."""
+    hashes: list[int] = []
+    for token, parent in zip(sample.tokens, sample.parents, strict=True):
+        hashes.append(_longer(hashes[parent] if parent >= 0 else _EMPTY, token))
+    return hashes
+
+
+def _claimed(sample: Sample, beginnings: list[int], run: list[int]) -> _Answer:
+    before = sample.parents[run[0]]
     ids = tuple(sample.tokens[at] for at in run)
     logprobs = tuple(sample.logprobs[at] for at in run)
-    return tuple(reversed(path)), ids, logprobs, sample.policy_version, sample.origin
+    prompt = beginnings[before] if before >= 0 else _EMPTY
+    return prompt, ids, logprobs, sample.policy_version, sample.origin
 
 
 def _trained_runs(sample: Sample) -> list[list[int]]:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from katcore.errors import ProxyError
-from katcore.schema.call import ModelCall
+from katcore.schema.call import CallFailure, ModelCall
 from katcore.schema.codec import from_json, to_json
+
+_FAILURE = b'{"failure":'
 
 
 class CallLog:
@@ -25,7 +27,7 @@ class CallLog:
         self._flusher: asyncio.Task[None] | None = None
         _drop_torn_line(path)
 
-    async def append(self, call: ModelCall) -> None:
+    async def append(self, call: ModelCall | CallFailure) -> None:
         """Return once the call is on disk.
 
         Raises:
@@ -72,8 +74,16 @@ def read_calls(path: Path) -> Iterator[ModelCall]:
     """The calls of a log in order, one at a time; a torn last line is left out."""
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
+            if line.endswith(b"\n") and not line.startswith(_FAILURE):
                 yield from_json(ModelCall, line)
+
+
+def read_failures(path: Path) -> Iterator[CallFailure]:
+    """The requests of a log that got no answer, in order."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line.startswith(_FAILURE):
+                yield from_json(CallFailure, line)
 
 
 def calls_by_session(path: Path) -> dict[str, list[ModelCall]]:

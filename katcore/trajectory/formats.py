@@ -1,91 +1,138 @@
 """Trajectories as training samples: pure functions of the call log."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from katcore.schema.call import Origin
-from katcore.schema.rollout import Rollout, Turn
+from katcore.schema.rollout import Rollout, Turn, TurnRole
 from katcore.schema.sample import Sample
+
+TRAINED: tuple[TurnRole, ...] = ("main", "subagent", "post-compaction")
 
 
 class TreeConfig(BaseModel):
-    """Options of the tree formatter. `max_tokens`: longer samples are left out (0: none are)."""
+    """Options of the tree formatter: which roles are trained; how long a sample may be (0: any length)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    roles: tuple[TurnRole, ...] = TRAINED
     max_tokens: int = 0
 
 
 class TreeFormatter:
     """One token tree per scored rollout; each sampled token once, context tokens never trained.
 
-    Discarded turns are left out.
+    Turns of other roles are left out, but for what others share of their prompts.
     """
 
     def __init__(self, config: TreeConfig) -> None:
-        self._max_tokens = config.max_tokens
+        self._config = config
 
     def samples(self, rollouts: Iterable[Rollout]) -> Iterator[Sample]:
         """See `Formatter.samples`."""
+        limit = self._config.max_tokens
         for rollout in rollouts:
-            sample = tree_sample(rollout) if rollout.reward is not None else None
-            if sample and (not self._max_tokens or len(sample.tokens) <= self._max_tokens):
+            sample = None
+            if rollout.reward is not None:
+                sample = tree_sample(rollout, self._config.roles)
+            if sample and (not limit or len(sample.tokens) <= limit):
                 yield sample
 
 
-def tree_sample(rollout: Rollout) -> Sample | None:
+def tree_sample(rollout: Rollout, roles: Container[str] = TRAINED) -> Sample | None:
     """The token tree of a rollout in depth-first order; None if it holds no turn that counts."""
     turns = rollout.trajectory.turns
-    children: dict[int, list[int]] = {}
-    for number, turn in enumerate(turns):
-        if turn.role != "discarded":
-            children.setdefault(turn.parent, []).append(number)
-    tokens: list[int] = []
-    parents: list[int] = []
-    trained: list[bool] = []
-    logprobs: list[float] = []
-    branches: list[int] = []
-    stack = [(number, -1) for number in reversed(children.get(-1, []))]
-    while stack:
-        number, last = stack.pop()
-        turn = turns[number]
-        for is_trained, ids in ((False, turn.prompt_ids), (True, turn.ids)):
-            for token in ids:
-                parents.append(last)
-                last = len(tokens)
-                tokens.append(token)
-                trained.append(is_trained)
-        logprobs += [0.0] * len(turn.prompt_ids) + list(turn.logprobs)
-        leaves = _leaves(number, children)
-        branches += [leaves] * (len(turn.prompt_ids) + len(turn.ids))
-        stack += [(child, last) for child in reversed(children.get(number, []))]
-    if not any(trained):
+    kept = [turn.role in roles for turn in turns]
+    tree = _Tree(turns, kept)
+    if not any(tree.trained):
         return None
+    trained = [turn for turn, is_kept in zip(turns, kept, strict=True) if is_kept and turn.ids]
     return Sample(
-        tuple(tokens),
-        tuple(parents),
-        tuple(trained),
-        tuple(logprobs),
-        tuple(branches),
+        tuple(tree.tokens),
+        tuple(tree.parents),
+        tuple(tree.trained),
+        tuple(tree.logprobs),
+        tuple(_leaves(tree.parents)),
         rollout.id,
         rollout.task_id,
         rollout.domain,
         rollout.reward,
-        _origin(turns),
-        turns[-1].policy_version,
+        _origin(trained),
+        trained[-1].policy_version,
     )
 
 
-def _leaves(number: int, children: dict[int, list[int]]) -> int:
-    count, stack = 0, [number]
-    while stack:
-        below = children.get(stack.pop(), [])
-        count += not below
-        stack += below
-    return count
+class _Tree:
+    """Tokens of turns in depth-first order: what forks off a turn comes after it, the latest fork first."""
+
+    def __init__(self, turns: Sequence[Turn], kept: Sequence[bool]) -> None:
+        self._turns = turns
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.trained: list[bool] = []
+        self.logprobs: list[float] = []
+        self._first: dict[int, int] = {}
+        extents = _extents(turns, kept)
+        children: dict[int, list[int]] = {}
+        for number, turn in enumerate(turns):
+            if extents[number] > turn.num_shared:
+                children.setdefault(self._holder(number), []).append(number)
+        stack = list(reversed(children.get(-1, [])))
+        while stack:
+            number = stack.pop()
+            self._add(number, extents[number], is_kept=kept[number])
+            below = children.get(number, [])
+            stack += sorted(below, key=lambda child: (turns[child].num_shared, -child))
+
+    def _holder(self, number: int) -> int:
+        """The turn whose own ids hold the last one that this turn shares; -1 if it shares none."""
+        shared = self._turns[number].num_shared
+        holder = self._turns[number].parent
+        while holder >= 0 and shared <= self._turns[holder].num_shared:
+            holder = self._turns[holder].parent
+        return holder if shared else -1
+
+    def _add(self, number: int, extent: int, *, is_kept: bool) -> None:
+        turn = self._turns[number]
+        holder = self._holder(number)
+        last = -1
+        if holder >= 0:
+            last = self._first[holder] + turn.num_shared - self._turns[holder].num_shared - 1
+        self._first[number] = len(self.tokens)
+        room = extent - turn.num_shared
+        num_prompt = len(turn.prompt_ids)
+        own = (turn.prompt_ids + turn.ids)[:room]
+        for at, token in enumerate(own):
+            is_answer = is_kept and at >= num_prompt
+            self.parents.append(last)
+            last = len(self.tokens)
+            self.tokens.append(token)
+            self.trained.append(is_answer)
+            self.logprobs.append(turn.logprobs[at - num_prompt] if is_answer else 0.0)
 
 
-def _origin(turns: tuple[Turn, ...]) -> Origin:
+def _extents(turns: Sequence[Turn], kept: Sequence[bool]) -> list[int]:
+    """How many ids of each turn's conversation are in the tree: of one left out, what others share of it."""
+    extents = [turn.num_ids if is_kept else 0 for turn, is_kept in zip(turns, kept, strict=True)]
+    for number in reversed(range(len(turns))):
+        turn = turns[number]
+        if turn.parent >= 0 and extents[number]:
+            shared = min(turn.num_shared, extents[number])
+            extents[turn.parent] = max(extents[turn.parent], shared)
+    return extents
+
+
+def _leaves(parents: Sequence[int]) -> list[int]:
+    """How many leaves each token is above, itself if it is one."""
+    leaves = [0] * len(parents)
+    for at in reversed(range(len(parents))):
+        leaves[at] = leaves[at] or 1
+        if parents[at] >= 0:
+            leaves[parents[at]] += leaves[at]
+    return leaves
+
+
+def _origin(turns: Sequence[Turn]) -> Origin:
     origins = {turn.origin for turn in turns}
     return origins.pop() if len(origins) == 1 else "tokenised"

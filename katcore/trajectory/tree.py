@@ -4,37 +4,32 @@ from collections.abc import Sequence
 
 from katcore.schema.call import ModelCall
 from katcore.schema.rollout import Trajectory, Turn
+from katcore.trajectory.roles import find_roles
 
 
 def build_trajectory(session_id: str, calls: Sequence[ModelCall]) -> Trajectory:
-    """The trajectory of a session: one turn per call, in call order.
-
-    Roles come from structure alone. The path to the last call is `main`; a turn beside it that asked
-    the same again (same parent, same new ids) was `discarded`; anything else is `auxiliary`.
-    """
+    """The trajectory of a session: one turn per call, in call order."""
     index = {call.call_id: number for number, call in enumerate(calls)}
-    parents = [index.get(call.parent, -1) for call in calls]
-    main: set[int] = set()
-    node = len(calls) - 1
-    while node >= 0:
-        main.add(node)
-        node = parents[node]
-    asked = {(parents[number], calls[number].new_prompt_ids) for number in main}
-    turns = []
-    for number, call in enumerate(calls):
-        is_retry = (parents[number], call.new_prompt_ids) in asked
-        generation = call.generation
-        turns.append(
-            Turn(
-                parents[number],
-                call.new_prompt_ids,
-                generation.ids,
-                generation.logprobs,
-                call.new_messages,
-                generation.text,
-                generation.policy_version,
-                generation.origin,
-                "main" if number in main else "discarded" if is_retry else "auxiliary",
-            )
+    turns = [
+        Turn(
+            parent=index.get(call.parent, -1),
+            num_shared_messages=call.num_shared_messages,
+            num_shared=call.num_shared,
+            prompt_ids=call.new_prompt_ids,
+            ids=call.generation.ids,
+            logprobs=call.generation.logprobs,
+            messages=call.new_messages,
+            text=call.generation.text,
+            policy_version=call.generation.policy_version,
+            origin=call.generation.origin,
+            role=role,
+            reasoning=call.generation.reasoning,
+            tool_calls=call.generation.tool_calls,
+            tools=call.tools,
+            is_exact=call.is_exact,
+            started_s=call.started_s,
+            seconds=call.finished_s - call.started_s,
         )
+        for call, role in zip(calls, find_roles(calls), strict=True)
+    ]
     return Trajectory(session_id, tuple(turns))

@@ -14,8 +14,8 @@ from kat_sandboxes.zygote import warm
 TOOLS = "/opt/kat"
 _TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 _FOLDERS = (
-    "dev", "etc", "home", "logs/verifier", "opt/kat", "proc", "root", "run", "stage", "tests", "tmp", "usr",
-    "var/tmp",
+    "dev", "etc", "home", "logs/verifier", "opt/kat", "opt/scaffold", "proc", "root", "run", "stage", "tests",
+    "tmp", "usr", "var/tmp",
 )  # fmt: skip
 _COPIED = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "mime.types", "localtime")
 _WRITTEN = {

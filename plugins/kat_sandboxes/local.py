@@ -40,11 +40,15 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.
 
 
 class LocalConfig(BaseModel):
-    """Options of the local backend. `images`: the image store; by default in katcore's home."""
+    """Options of the local backend. `images`: the image store; `scaffolds`: where they are installed.
+
+    Both are in katcore's home by default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: Path | None = None
+    scaffolds: Path | None = None
     max_open: int = 32
 
 
@@ -53,6 +57,7 @@ class LocalSandbox:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
+        self._door: socket.socket | None = None
         self._lock = asyncio.Lock()
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -60,10 +65,43 @@ class LocalSandbox:
     async def ready(self) -> None:
         """Wait until the machine is set up."""
         self._channel.setblocking(False)
+        data = await self._first()
         self._reader, self._writer = await asyncio.open_connection(sock=self._channel)
+        self._reader.feed_data(data)
         head, _ = await self._receive(_START_TIMEOUT_S)
         if "error" in head:
             raise SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
+
+    async def _first(self) -> bytes:
+        """The beginning of the first message; with it comes the door, if there is one."""
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+
+        def wake() -> None:
+            if not readable.done():
+                readable.set_result(None)
+
+        loop.add_reader(self._channel, wake)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await readable
+        except TimeoutError as error:
+            raise SandboxGoneError(
+                f"the sandbox was not ready within {_START_TIMEOUT_S:g} s"
+            ) from error
+        finally:
+            loop.remove_reader(self._channel)
+        data, descriptors, _, _ = socket.recv_fds(self._channel, 1 << 16, 1)
+        if descriptors:
+            self._door = socket.socket(fileno=descriptors[0])
+        return data
+
+    def door(self) -> tuple[socket.socket, str]:
+        """See `SupportsDoor`."""
+        door, self._door = self._door, None
+        if door is None:
+            raise SandboxError("the sandbox was opened without a door, or it is taken")
+        return door, f"http://127.0.0.1:{frame.DOOR}"
 
     async def exec(
         self,
@@ -73,7 +111,10 @@ class LocalSandbox:
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
     ) -> ExecResult:
-        """See `Sandbox.exec`. Output beyond 1 MiB per stream is dropped, and the result says so."""
+        """See `Sandbox.exec`. Output beyond 1 MiB per stream is dropped, and the result says so.
+
+        Cancelled, it kills the command and all that it started.
+        """
         request = {"argv": list(argv), "cwd": cwd, "env": dict(env or {}), "timeout_s": timeout_s}
         head, body = await self._ask("exec", request, timeout_s=timeout_s)
         if head.get("error") == "timeout":
@@ -101,6 +142,8 @@ class LocalSandbox:
         """Let go of the channel; the machine ends at its end of stream."""
         if self._writer:
             self._writer.transport.abort()
+        if self._door:
+            self._door.close()
         self._channel.close()
 
     async def _ask(
@@ -108,9 +151,18 @@ class LocalSandbox:
     ) -> tuple[dict[str, Any], bytes]:
         """Ask and wait. One that is cancelled is still answered, before the next is asked."""
         await self._lock.acquire()
-        exchange = asyncio.create_task(self._exchange({"do": do, **head}, body, timeout_s + 30))
+        if self._writer is None:
+            self._lock.release()
+            raise SandboxGoneError("the sandbox is not open")
+        self._writer.write(frame.pack({"do": do, **head}, body))
+        exchange = asyncio.create_task(self._exchange(do, timeout_s + 30))
         exchange.add_done_callback(self._exchanged)
-        reply = await asyncio.shield(exchange)
+        try:
+            reply = await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            if do == "exec":
+                self._writer.write(frame.pack({"do": "kill"}))
+            raise
         if reply[0].get("error") == "os":
             raise OSError(reply[0]["errno"], reply[0]["reason"])
         if reply[0].get("error") == "value":
@@ -124,17 +176,13 @@ class LocalSandbox:
         if not exchange.cancelled():
             exchange.exception()
 
-    async def _exchange(
-        self, head: dict[str, Any], body: bytes, timeout_s: float
-    ) -> tuple[dict[str, Any], bytes]:
-        if self._writer is None:
-            raise SandboxGoneError("the sandbox is not open")
+    async def _exchange(self, do: str, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+        assert self._writer
         try:
-            self._writer.write(frame.pack(head, body))
             await self._writer.drain()
             return await self._receive(timeout_s)
         except (OSError, asyncio.IncompleteReadError) as error:
-            raise SandboxGoneError(f"the sandbox died during {head['do']}") from error
+            raise SandboxGoneError(f"the sandbox died during {do}") from error
 
     async def _receive(self, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         assert self._reader
@@ -155,6 +203,7 @@ class LocalBackend:
     def __init__(self, config: LocalConfig) -> None:
         self._store = ImageStore((config.images or home() / "images").resolve())
         self._images = (config.images or home() / "images").resolve()
+        self._scaffolds = (config.scaffolds or home() / "scaffolds").resolve()
         self._slots = asyncio.Semaphore(config.max_open)
         self._start_lock = asyncio.Lock()
         self._end_lock = asyncio.Lock()
@@ -203,6 +252,8 @@ class LocalBackend:
             "memory_mib": spec.memory_mib,
             "max_processes": spec.max_processes,
             "disk_mib": spec.disk_mib,
+            "tools": self._tools(spec),
+            "has_door": spec.has_door,
         }
         sandbox = LocalSandbox(mine)
         try:
@@ -213,6 +264,15 @@ class LocalBackend:
         finally:
             sandbox.close()
             await asyncio.shield(self._end(identifier))
+
+    def _tools(self, spec: SandboxSpec) -> str:
+        """The scaffold's folder as the server sees it."""
+        if spec.tools is None:
+            return ""
+        tools = spec.tools.resolve()
+        if not tools.is_relative_to(self._scaffolds):
+            raise SandboxError(f"{tools}: scaffolds are shown from {self._scaffolds} alone")
+        return str(tools)
 
     async def _end(self, identifier: int) -> None:
         async with self._end_lock:
@@ -289,7 +349,9 @@ class LocalBackend:
         binds = {folder: folder for folder in host.shared_folders()}
         binds |= {folder: str(tools / "empty") for folder in host.masked_folders()}
         layers = str(self._images / "layers")
+        self._scaffolds.mkdir(parents=True, exist_ok=True)
         binds |= {host.TOOLS: str(tools), layers: layers}
+        binds |= {str(self._scaffolds): str(self._scaffolds)}
         root = self._images / "root"
         root.mkdir(exist_ok=True)
         return {

@@ -35,18 +35,18 @@ def test_a_continuation_is_the_tail_of_the_whole(
     ids: tuple[int, ...] = ()
     messages: list[Message] = []
     for said, answer in turns:
-        ids += chat.encode([user(said)], is_continuation=bool(ids)) + chat.text_ids(answer)
+        ids += chat.encode([*messages, user(said)], start=len(messages)) + chat.text_ids(answer)
         messages += [user(said), Message("assistant", answer)]
-    ids += chat.encode([user(last)], is_continuation=True)
-    assert ids == chat.encode([*messages, user(last)], is_continuation=False)
+    ids += chat.encode([*messages, user(last)], start=len(messages))
+    assert ids == chat.encode([*messages, user(last)])
 
 
 @settings(max_examples=60)
 @given(content=_TEXT)
 def test_content_adds_no_control_token(chat: ChatTokenizer, content: str) -> None:
     controls = set(range(len(SPECIAL)))
-    plain = [i for i in chat.encode([user("x")], is_continuation=False) if i in controls]
-    found = [i for i in chat.encode([user(content)], is_continuation=False) if i in controls]
+    plain = [i for i in chat.encode([user("x")]) if i in controls]
+    found = [i for i in chat.encode([user(content)]) if i in controls]
     assert found == plain
     ids = chat.text_ids(content)
     assert [number for number in ids if number in controls] == [chat.end_id]
@@ -79,7 +79,7 @@ async def test_the_scripted_engine_replays_its_turns(chat: ChatTokenizer) -> Non
     engine = ScriptedEngine(chat, ("ls", "submit"))
     messages = [user("do it")]
     for text in ("ls", "submit"):
-        ids = engine.encode(messages, is_continuation=False)
+        ids = engine.encode(messages)
         made = await engine.generate(EngineRequest("s", ids, Sampling(), tuple(messages)))
         assert (made.text, made.finish, made.origin) == (text, "stop", "scripted")
         assert made.ids == chat.text_ids(text)

@@ -1,15 +1,17 @@
 """The embedded engine samples from the very distribution that training computes."""
 
 import asyncio
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from katcore.errors import EngineError
+from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.embedded import EmbeddedEngine, open_engine
-from katcore.schema.call import Generation
+from katcore.schema.call import Generation, Sampling
 from katcore.train.policy import load_policy, logits_at
 from tests.inference.tiny import CONTEXT, request
 
@@ -176,12 +178,67 @@ async def test_an_answer_stops_at_its_end_or_its_limit(engine: EmbeddedEngine) -
     assert all(len(item.ids) == len(item.logprobs) for item in made)
 
 
-@pytest.mark.parametrize("room", [-5, 0, 1, 4])
+@pytest.mark.parametrize("room", [1, 4])
 async def test_the_context_s_end_cuts_the_answer(engine: EmbeddedEngine, room: int) -> None:
     made = await engine.generate(request("s", (9,) * (CONTEXT - room), max_tokens=50))
-    assert len(made.ids) <= max(room, 0)
+    assert len(made.ids) <= room
     if engine._chat.end_id not in made.ids:
-        assert (len(made.ids), made.finish) == (max(room, 0), "length")
+        assert (len(made.ids), made.finish) == (room, "length")
+
+
+@pytest.mark.parametrize("room", [-5, 0])
+async def test_a_prompt_without_room_for_an_answer_is_refused(
+    engine: EmbeddedEngine, room: int
+) -> None:
+    with pytest.raises(ContextOverflowError, match=f"{CONTEXT - room} tokens > {CONTEXT - 1}"):
+        await engine.generate(request("s", (9,) * (CONTEXT - room), max_tokens=50))
+
+
+async def test_penalties_are_refused(engine: EmbeddedEngine) -> None:
+    (ids,) = prompts(1)
+    asked = replace(request("s", ids), sampling=Sampling(presence_penalty=0.5))
+    with pytest.raises(RequestError, match="penalty"):
+        await engine.generate(asked)
+
+
+async def test_a_seed_gives_the_same_answer_again_among_others(engine: EmbeddedEngine) -> None:
+    (ids,) = prompts(1)
+    asked = replace(request("s", ids), sampling=Sampling(1.0, 20, seed=5))
+    alone = await engine.generate(asked)
+    others = [engine.generate(request(f"o{n}", ids)) for n in range(3)]
+    again, *_ = await asyncio.gather(engine.generate(replace(asked, session_id="t")), *others)
+    assert again.ids == alone.ids
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (4, 0.6)])
+async def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(
+    engine: EmbeddedEngine, top_k: int, top_p: float
+) -> None:
+    (ids,) = prompts(1)
+    sampling = Sampling(1.0, 1, top_p=top_p, top_k=top_k)
+    asked = [replace(request(f"s{n}", ids), sampling=sampling) for n in range(200)]
+    made = await asyncio.gather(*map(engine.generate, asked))
+    seen = {item.ids[0]: item.logprobs[0] for item in made}
+    with torch.inference_mode():
+        logits = engine._model(torch.tensor([ids])).logits[0, -1].double()
+    kept = dict(_kept(logits.log_softmax(0), top_k or len(logits), top_p))
+    assert set(seen) <= set(kept)
+    for token, logprob in seen.items():
+        assert logprob == pytest.approx(kept[token], abs=1e-4)
+
+
+def _kept(logprobs: torch.Tensor, top_k: int, top_p: float) -> list[tuple[int, float]]:
+    """What is left after top-k and then top-p, one token at a time."""
+    shares: list[float] = logprobs.exp().tolist()
+    ordered = sorted(enumerate(shares), key=lambda item: -item[1])[:top_k]
+    total = sum(share for _, share in ordered)
+    kept, before = [], 0.0
+    for token, share in ordered:
+        if before < top_p * total:
+            kept.append((token, share))
+        before += share
+    whole = sum(share for _, share in kept)
+    return [(token, math.log(share / whole)) for token, share in kept]
 
 
 async def test_cancelled_requests_leave_room(engine: EmbeddedEngine) -> None:

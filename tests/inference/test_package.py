@@ -138,13 +138,13 @@ def test_a_conversation_holds_what_was_said_and_no_system_prompt(
 ) -> None:
     package.convert(make_wheel(cache), tmp_path / "model")
     chat = ChatTokenizer(tmp_path / "model")
-    start = chat.encode([Message("user", "ls <|im_end|> 12")], is_continuation=False)
+    start = chat.encode([Message("user", "ls <|im_end|> 12")])
     assert [TOKENS[at] for at in start[:1]] == ["<|im_start|>"]
     assert start.count(chat.end_id) == 1, "a control token in the content has to stay text"
-    follow = chat.encode([Message("user", "ok")], is_continuation=True)
     whole = [Message("user", "ls"), Message("assistant", "sub"), Message("user", "ok")]
-    first = chat.encode(whole[:1], is_continuation=False)
-    assert chat.encode(whole, is_continuation=False) == first + chat.text_ids("sub") + follow
+    follow = chat.encode(whole, start=2)
+    first = chat.encode(whole[:1])
+    assert chat.encode(whole) == first + chat.text_ids("sub") + follow
     assert chat.decode(chat.text_ids("<filename> sub 42")) == "<filename> sub 42"
     assert chat.end_id == TOKENS.index("<|im_end|>") != chat._tokenizer.pad_token_id
 
@@ -152,7 +152,7 @@ def test_a_conversation_holds_what_was_said_and_no_system_prompt(
 def test_the_embedded_engine_samples_from_it(cache: Path, tmp_path: Path) -> None:
     package.convert(make_wheel(cache), tmp_path / "model")
     engine = open_engine(tmp_path / "model", num_slots=2, context=64)
-    ids = engine.encode([Message("user", "ls")], is_continuation=False)
+    ids = engine.encode([Message("user", "ls")])
     generation = asyncio.run(engine.generate(EngineRequest("s", ids, Sampling(1.0, 8))))
     assert 1 <= len(generation.ids) <= 8
 

@@ -23,7 +23,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> SandboxSpec:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend(images: Path) -> AsyncIterator[LocalBackend]:
-    made = LocalBackend(LocalConfig(images=images))
+    made = LocalBackend(LocalConfig(images=images, scaffolds=images.with_name("scaffolds")))
     yield made
     await made.close()
 

@@ -125,8 +125,9 @@ async def test_a_cancelled_command_s_answer_is_not_taken_for_the_next_one_s(
         async with asyncio.timeout(0.2):
             await bash(sandbox, "sleep 1; echo late; echo x > kept")
     assert await output(sandbox, "echo next") == "next"
+    await asyncio.sleep(1)
     assert isinstance(sandbox, SupportsChanges)
-    assert b"kept" in await sandbox.changes()
+    assert b"kept" not in await sandbox.changes()
 
 
 async def test_requests_made_at_once_are_answered_each(sandbox: Sandbox) -> None:
@@ -224,3 +225,17 @@ async def test_a_run_that_fails_says_what_it_printed(
     with pytest.raises(Exception, match="exited with 3: sorry"):
         async with backend.open(SandboxSpec(folder)):
             pass
+
+
+async def test_a_cancelled_command_is_killed_with_all_that_it_started(sandbox: Sandbox) -> None:
+    command = "(sleep 300 &) ; sleep 300"
+    started = time.monotonic()
+    for wait_s in (0.0, 0.3):
+        running = asyncio.create_task(sandbox.exec(["bash", "-c", command], timeout_s=200))
+        await asyncio.sleep(wait_s)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        listed = await sandbox.exec(["bash", "-c", "cat /proc/[0-9]*/comm"])
+        assert b"sleep" not in listed.stdout
+    assert time.monotonic() - started < 30

@@ -16,7 +16,7 @@ from katcore.errors import TaskError
 from katcore.plugin import Plugins
 from katcore.proxy.server import Proxy
 from katcore.rollout.single import Attempt, Parts, run_rollout
-from katcore.schema.call import EngineRequest, Generation, Message, Sampling
+from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
 from katcore.schema.rollout import Outcome, Rollout
 from katcore.schema.task import Task
 
@@ -30,7 +30,9 @@ class Script:
     def __init__(self, turns: Sequence[str]) -> None:
         self._turns = turns
 
-    def encode(self, messages: Sequence[Message], *, is_continuation: bool) -> tuple[int, ...]:
+    def encode(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
+    ) -> tuple[int, ...]:
         return tuple(b"\0".join(message.content.encode() for message in messages))
 
     async def generate(self, request: EngineRequest) -> Generation:

@@ -42,7 +42,7 @@ class Progress:
 
 def rollout(number: int, reward: float) -> Rollout:
     ids = tuple(3 + (number * 7 + at) % 200 for at in range(9))
-    turn = Turn(-1, ids[:3], ids[3:], (-0.5,) * 6, (Message("user", "x"),), "ls", "0")
+    turn = Turn(-1, 0, 0, ids[:3], ids[3:], (-0.5,) * 6, (Message("user", "x"),), "ls", "0")
     name = f"r{number}"
     trajectory = Trajectory(name, (turn,))
     return Rollout(name, name, "terminal", "g", 0, Outcome.SCORED, trajectory, Verdict(reward))

@@ -21,7 +21,8 @@ KEY = "0123456789abcdef"
 
 def turn(parent: int, said: str, answer: str, role: Any = "main") -> Turn:
     messages = (Message("user", said),)
-    return Turn(parent, (1,), (2,), (0.0,), messages, answer, "1", "sampled", role)
+    shared = 0 if parent < 0 else 2
+    return Turn(parent, shared, shared, (1,), (2,), (0.0,), messages, answer, "1", "sampled", role)
 
 
 def rollout(task: str, reward: float | None, text: str = "ls") -> Rollout:

@@ -31,7 +31,7 @@ PLAN = Plan(
 
 def rollout(name: str) -> Rollout:
     messages = (Message("user", "Zeile\nzwei: é"),)
-    turns = (Turn(-1, (1, 2), (3,), (-0.5,), messages, "ls", "7"),)
+    turns = (Turn(-1, 0, 0, (1, 2), (3,), (-0.5,), messages, "ls", "7"),)
     return Rollout(name, "t", "d", "g", 0, Outcome.SCORED, Trajectory(name, turns), Verdict(1.0))
 
 

@@ -34,9 +34,9 @@ async def talk(base_url: str, key: str, released: list[str]) -> None:
     headers = {"Authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession(headers=headers) as http:
         while True:
-            body = {"messages": [{"role": "user", "content": "hi"}]}
+            body = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
             try:
-                async with http.post(f"{base_url}/chat/completions", json=body) as response:
+                async with http.post(f"{base_url}/v1/chat/completions", json=body) as response:
                     released.append((await response.json())["id"].removeprefix("chatcmpl-"))
             except (aiohttp.ClientError, OSError):
                 return

@@ -14,25 +14,36 @@ import pytest
 
 import katcore.schema
 from katcore.errors import StageError
-from katcore.schema.call import Generation, Message, ModelCall, Sampling
+from katcore.schema.call import Generation, Message, ModelCall, Sampling, Tool, ToolCall
 from katcore.schema.codec import from_json, read_lines, to_json, write_lines
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
 from katcore.schema.sample import Sample
 
 GOLDEN = Path(__file__).parent / "golden"
+_LS = ToolCall("call_1", "bash", '{"command": "ls"}')
+_BASH = Tool("bash", "runs a command", '{"type": "object"}')
 _CALL = ModelCall(
     call_id="c2",
     session_id="r1",
     parent="c1",
+    num_shared_messages=3,
+    new_messages=(
+        Message("tool", 'say "é\n"', tool_call_id="call_0", images=("data:image/png;base64,AA",)),
+        Message("assistant", "", "hm", (_LS,)),
+    ),
     num_shared=7,
     new_prompt_ids=(5, 6, 7),
-    new_messages=(Message("system", "be brief"), Message("user", 'say "é\n"')),
-    generation=Generation((8, 3), (-0.125, -2.5), "ls", "stop", "rl-12", "sampled"),
-    requested=Sampling(0.2, 1 << 30, 5),
+    generation=Generation(
+        (8, 3), (-0.125, -2.5), "ls", "stop", "rl-12", "sampled", "because", (_LS,)
+    ),
+    requested=Sampling(0.2, 1 << 30, 5, 0.9, 40, 0.5, 0.25),
     used=Sampling(1.0, 64, None),
     started_s=1700000000.25,
     finished_s=1700000001.5,
-    exact=False,
+    num_retokenised=1,
+    tools=(_BASH,),
+    dialect="responses",
+    raw="abc",
     extra={"k": "v"},
 )
 _ROLLOUT = Rollout(
@@ -45,13 +56,32 @@ _ROLLOUT = Rollout(
     trajectory=Trajectory(
         "rl-1.t1.0.abc",
         (
-            Turn(-1, (5, 6), (8, 3), (-0.125, -2.5), (Message("user", "x"),), "ls", "rl-12"),
-            Turn(0, (9,), (3,), (-1.0,), (), "", "rl-12", "scripted", "discarded"),
+            Turn(-1, 0, 0, (5, 6), (8, 3), (-0.125, -2.5), (Message("user", "x"),), "ls", "rl-12"),
+            Turn(
+                parent=0,
+                num_shared_messages=2,
+                num_shared=4,
+                prompt_ids=(9,),
+                ids=(3,),
+                logprobs=(-1.0,),
+                messages=(),
+                text="",
+                policy_version="rl-12",
+                origin="scripted",
+                role="discarded",
+                reasoning="hm",
+                tool_calls=(_LS,),
+                tools=(_BASH,),
+                is_exact=False,
+                started_s=1.5,
+                seconds=0.5,
+            ),
         ),
     ),
     verdict=Verdict(0.5, "half", {"tests": 2.0}),
     exit_reason="submitted",
     seconds={"agent": 1.5},
+    scaffold="claude-code 2.1.330",
 )
 _SAMPLE = Sample(
     (5, 6, 8), (-1, 0, 1), (False, False, True), (0.0, 0.0, -0.125), (1, 1, 1),

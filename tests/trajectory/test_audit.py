@@ -11,7 +11,7 @@ from katcore.schema.call import ModelCall
 from katcore.schema.sample import Sample
 from katcore.trajectory.audit import audit_samples
 from katcore.trajectory.formats import tree_sample
-from tests.trajectory.made import call, rollout, sessions
+from tests.trajectory.made import Recorder, call, rollout, sessions
 
 
 def linear() -> tuple[list[ModelCall], Sample]:
@@ -31,7 +31,8 @@ def changed(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
 
 
 @given(sessions())
-def test_what_the_log_gives_passes(calls: list[ModelCall]) -> None:
+def test_what_the_log_gives_passes(session: Recorder) -> None:
+    calls = session.calls
     sample = tree_sample(rollout(calls))
     assume(sample)
     assert sample
@@ -42,7 +43,8 @@ def test_what_the_log_gives_passes(calls: list[ModelCall]) -> None:
 
 
 @given(sessions(), st.data())
-def test_any_altered_token_is_found(calls: list[ModelCall], data: st.DataObject) -> None:
+def test_any_altered_token_is_found(session: Recorder, data: st.DataObject) -> None:
+    calls = session.calls
     sample = tree_sample(rollout(calls))
     assume(sample)
     assert sample
@@ -69,7 +71,8 @@ def _leads_to_trained(sample: Sample, at: int) -> bool:
 
 
 @given(sessions(), st.data())
-def test_any_altered_logprob_is_found(calls: list[ModelCall], data: st.DataObject) -> None:
+def test_any_altered_logprob_is_found(session: Recorder, data: st.DataObject) -> None:
+    calls = session.calls
     sample = tree_sample(rollout(calls))
     assume(sample)
     assert sample

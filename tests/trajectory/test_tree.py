@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from katcore.schema.call import ModelCall
-from katcore.schema.rollout import Outcome, Rollout, Verdict
+from katcore.schema.call import Message
+from katcore.schema.rollout import Outcome, Verdict
 from katcore.trajectory.formats import TreeConfig, TreeFormatter, tree_sample
 from katcore.trajectory.tree import build_trajectory
-from tests.trajectory.made import call, rollout, sessions, whole_prompt
+from tests.proxy.fakes import text_of
+from tests.trajectory.made import Recorder, call, rollout, sessions, whole_prompt
+
+ROLES = {"main", "subagent", "post-compaction", "auxiliary"}
 
 
 def test_one_turn_per_call_in_order() -> None:
@@ -29,17 +32,6 @@ def test_an_empty_session_is_an_empty_trajectory() -> None:
     assert tree_sample(rollout([])) is None
 
 
-def test_roles_come_from_structure() -> None:
-    root = call(0, (1,), (2,))
-    dropped = call(1, (3,), (4,), root)
-    kept = call(2, (3,), (5,), root)
-    title = call(3, (9, 9), (8,))
-    last = call(4, (6,), (7,), kept)
-    turns = build_trajectory("s", [root, dropped, kept, title, last]).turns
-    roles = [turn.role for turn in turns]
-    assert roles == ["main", "discarded", "main", "auxiliary", "main"]
-
-
 def test_a_parent_that_was_not_recorded_is_a_root() -> None:
     orphan = call(1, (3,), (4,), call(0, (1,), (2,)))
     assert build_trajectory("s", [orphan]).turns[0].parent == -1
@@ -48,24 +40,49 @@ def test_a_parent_that_was_not_recorded_is_a_root() -> None:
 def test_a_fork_shares_its_prefix() -> None:
     root = call(0, (1,), (2,))
     left, right = call(1, (3,), (4,), root), call(2, (5,), (6,), root)
-    sample = tree_sample(rollout([root, left, right]))
+    last = call(3, (7,), (8,), left)
+    sample = tree_sample(rollout([root, left, right, last]), ROLES)
     assert sample
-    assert sample.tokens == (1, 2, 3, 4, 5, 6)
-    assert sample.parents == (-1, 0, 1, 2, 1, 4)
-    assert sample.trained == (False, True, False, True, False, True)
-    assert sample.branches == (2, 2, 1, 1, 1, 1)
+    assert sample.tokens == (1, 2, 3, 4, 7, 8, 5, 6)
+    assert sample.parents == (-1, 0, 1, 2, 3, 4, 1, 6)
+    assert sample.trained == (False, True) * 4
+    assert sample.branches == (2, 2, 1, 1, 1, 1, 1, 1)
     assert sample.logprobs[0] == sample.logprobs[2] == 0.0
     assert sample.logprobs[1] == root.generation.logprobs[0]
     assert (sample.rollout_id, sample.origin, sample.policy_version) == ("s", "sampled", "3")
 
 
-def test_what_was_discarded_is_not_trained() -> None:
-    root = call(0, (1,), (2,))
-    dropped, kept = call(1, (3,), (4,), root), call(2, (3,), (5,), root)
-    sample = tree_sample(rollout([root, dropped, kept]))
+def test_what_is_left_out_leaves_what_others_share_of_its_prompt() -> None:
+    session = Recorder()
+    session.say([user("a")], "x")
+    session.say([user("a")], "y")
+    session.say([user("a"), Message("assistant", "y"), user("b")], "z")
+    dropped, *_ = build_trajectory("s", session.calls).turns
+    assert dropped.role == "discarded"
+    sample = tree_sample(rollout(session.calls))
     assert sample
-    assert sample.tokens == (1, 2, 3, 5)
-    assert sample.branches == (1, 1, 1, 1)
+    assert text_of(sample.tokens) == "U:a|A:y|U:b|A:z|"
+    assert set(sample.branches) == {1}
+
+
+def test_a_fork_in_the_middle_of_a_prompt_shares_what_came_before() -> None:
+    session = Recorder()
+    asked = [user("task"), user("remark")]
+    session.say(asked, "x")
+    session.say([user("task"), Message("assistant", "x"), user("out"), user("remark")], "y")
+    sample = tree_sample(rollout(session.calls))
+    assert sample
+    assert text_of(sample.tokens) == "U:task|U:remark|A:x|A:x|U:out|U:remark|A:y|"
+    answers = [at for at, is_trained in enumerate(sample.trained) if is_trained]
+    assert text_of([sample.tokens[at] for at in answers]) == "x|y|"
+    fork = sample.parents.index(5, 7)
+    assert text_of(branch(sample, len(sample.tokens) - 1)[0]) == "U:task|A:x|U:out|U:remark|A:y|"
+    assert sample.branches[5] == 2
+    assert sample.branches[fork] == 1
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
 
 
 def branch(sample: Any, leaf: int) -> tuple[list[int], list[bool], list[float]]:
@@ -83,47 +100,35 @@ def branch(sample: Any, leaf: int) -> tuple[list[int], list[bool], list[float]]:
 
 
 @given(sessions())
-def test_every_answer_is_trained_once_after_the_very_prompt_it_was_sampled_from(
-    calls: list[ModelCall],
-) -> None:
-    made = rollout(calls)
-    sample = tree_sample(made)
-    kept = [
-        one
-        for one, turn in zip(calls, made.trajectory.turns, strict=True)
-        if turn.role != "discarded" and _is_reached(made, turn)
-    ]
-    num_trained = sum(len(one.generation.ids) for one in kept)
-    if not sample:
-        assert num_trained == 0
-        return
-    assert sum(sample.trained) == num_trained
-    found = [branch(sample, at) for at in range(len(sample.tokens))]
-    for one in kept:
-        prompt, answer = whole_prompt(calls, one), one.generation
-        if not answer.ids:
-            continue
-        whole = [*prompt, *answer.ids]
-        same = [item for item in found if item[0] == whole]
-        assert any(
-            item[1][-len(answer.ids) :] == [True] * len(answer.ids)
-            and item[2][-len(answer.ids) :] == list(answer.logprobs)
-            for item in same
-        )
-
-
-def _is_reached(made: Rollout, turn: Any) -> bool:
-    """Nothing that it continues was discarded."""
-    while turn.parent >= 0:
-        turn = made.trajectory.turns[turn.parent]
-        if turn.role == "discarded":
-            return False
-    return True
+def test_the_log_gives_every_prompt_back(session: Recorder) -> None:
+    assert [whole_prompt(session.calls, one) for one in session.calls] == session.prompts
 
 
 @given(sessions())
-def test_the_tree_is_in_depth_first_order_and_counts_its_branches(calls: list[ModelCall]) -> None:
-    sample = tree_sample(rollout(calls))
+def test_every_answer_is_trained_once_after_the_very_prompt_it_was_sampled_from(
+    session: Recorder,
+) -> None:
+    made = rollout(session.calls)
+    sample = tree_sample(made)
+    roles = [turn.role for turn in made.trajectory.turns]
+    kept = [number for number, role in enumerate(roles) if role in ROLES - {"auxiliary"}]
+    answers = [session.calls[number].generation for number in kept]
+    assert sample
+    assert sum(sample.trained) == sum(len(answer.ids) for answer in answers)
+    found = [branch(sample, at) for at in range(len(sample.tokens))]
+    for number, answer in zip(kept, answers, strict=True):
+        whole, num = [*session.prompts[number], *answer.ids], len(answer.ids)
+        (at,) = (
+            at
+            for at, item in enumerate(found)
+            if item[0] == whole and item[2][-num:] == list(answer.logprobs)
+        )
+        assert found[at][1][-num:] == [True] * num
+
+
+@given(sessions())
+def test_the_tree_is_in_depth_first_order_and_counts_its_branches(session: Recorder) -> None:
+    sample = tree_sample(rollout(session.calls))
     if not sample:
         return
     path: list[int] = []
@@ -143,17 +148,6 @@ def test_the_tree_is_in_depth_first_order_and_counts_its_branches(calls: list[Mo
                 at = sample.parents[at]
     whole = [n for n, turn_branches in enumerate(sample.branches) if counts[n] != turn_branches]
     assert not whole
-
-
-@given(sessions())
-def test_the_path_to_the_last_call_is_main(calls: list[ModelCall]) -> None:
-    turns = build_trajectory("s", calls).turns
-    at = len(turns) - 1
-    main = set()
-    while at >= 0:
-        main.add(at)
-        at = turns[at].parent
-    assert {n for n, turn in enumerate(turns) if turn.role == "main"} == main
 
 
 @pytest.mark.parametrize("outcome", [item for item in Outcome if item is not Outcome.SCORED])

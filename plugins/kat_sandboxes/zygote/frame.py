@@ -7,6 +7,8 @@ from typing import Any
 
 _LENGTHS = struct.Struct("!II")
 HEADER_BYTES = _LENGTHS.size
+DOOR = 8823
+"""The port of a sandbox's door, on its own loopback."""
 
 
 def pack(head: dict[str, Any], body: bytes = b"") -> bytes:

@@ -36,6 +36,8 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
     )
     for folder in spec["shared"]:
         kernel.mount(folder, f"root{folder}", flags=kernel.BIND | kernel.RECURSIVE)
+    if spec["tools"]:
+        kernel.mount(spec["tools"], "root/opt/scaffold", flags=kernel.BIND | kernel.RECURSIVE)
     flags = kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC | kernel.READ_ONLY
     kernel.mount("proc", "root/proc", "proc", flags)
     upper = os.open("upper", os.O_PATH | os.O_DIRECTORY)
@@ -53,13 +55,20 @@ def run(channel: socket.socket, spec: dict[str, Any]) -> None:
         upper, lowers = build_root(spec)
         kernel.loopback_up()
         listener = socket.create_server(("127.0.0.1", warm.PORT), backlog=64)
+        doors = (
+            [socket.create_server(("127.0.0.1", frame.DOOR), backlog=64)]
+            if spec["has_door"]
+            else []
+        )
         for name, limit in (("CORE", 0), ("NOFILE", 1024), ("FSIZE", spec["disk_mib"] << 20)):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
         kernel.drop_privileges()
         kernel.set_dumpable(is_dumpable=False)
         kernel.install_filter(_FILTER)
         machine = Machine(channel, listener, spec, files.Root(upper, lowers))
-        channel.sendall(frame.pack({"ok": True}))
+        socket.send_fds(channel, [frame.pack({"ok": True})], [door.fileno() for door in doors])
+        for door in doors:
+            door.close()
         machine.serve()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
         with contextlib.suppress(OSError):
@@ -116,8 +125,8 @@ class Machine:
         """Until the other end closes."""
         while True:
             command = self._command
-            watched: list[Any] = [self._wake, *self._python.watched()]
-            watched += list(command.pipes) if command else [self._channel]
+            watched: list[Any] = [self._wake, self._channel, *self._python.watched()]
+            watched += list(command.pipes) if command else []
             timeout = max(0.0, command.deadline - time.monotonic()) if command else None
             ready = select.select(watched, (), (), timeout)[0]
             if self._wake in ready:
@@ -182,6 +191,12 @@ class Machine:
         if reply:
             self._channel.sendall(reply)
         return True
+
+    def _do_kill(self, head: dict[str, Any], body: bytes) -> bytes:
+        """The only request that may come while a command runs; it answers that one's."""
+        if self._command:
+            self._end(timed_out=True)
+        return b""
 
     def _do_exec(self, head: dict[str, Any], body: bytes) -> bytes:
         pipes = {}
