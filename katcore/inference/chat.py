@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,9 @@ class ChatTokenizer:
         at = text.find(_MARK)
         if at < 0:
             # Some templates show of an answer with tool calls nothing but these.
-            at = len(commonprefix([self._render([_QUESTION], tools), text]))
+            asked = self._render([_QUESTION], tools)
+            pairs = enumerate(zip(asked, text, strict=False))
+            at = next((place for place, (a, b) in pairs if a != b), len(asked))
         return self._ids(text[self._answer_end(text, at) :])
 
     def text_ids(self, text: str) -> tuple[int, ...]:
