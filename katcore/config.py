@@ -1,8 +1,10 @@
 """YAML to validated records, and the only reader of the process environment."""
 
+import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -185,11 +187,25 @@ def load_preset(name_or_path: str) -> Preset:
                 f"no preset named {name_or_path!r}; choose one of: {', '.join(preset_names())},"
                 " or give the path of a YAML file"
             )
+    return load_yaml(path, Preset, name=path.stem)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_yaml(path: Path, kind: type[SettingsT], **given: Any) -> SettingsT:
+    """The settings of a YAML file; `given` are those that it does not hold.
+
+    Raises:
+        ConfigError: not there, not YAML, or a key or value that does not fit; says where.
+    """
     try:
         content = yaml.safe_load(path.read_bytes())
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, found {content!r}")
-        return Preset.model_validate({"name": path.stem, **content})
+        return kind.model_validate(given | content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
@@ -207,6 +223,31 @@ def home() -> Path:
 def blocked_plugins() -> frozenset[str]:
     """Plugins not to load: $KATCORE_PLUGINS_BLOCKED, names joined by commas."""
     return frozenset(filter(None, os.environ.get("KATCORE_PLUGINS_BLOCKED", "").split(",")))
+
+
+def secret(variable: str) -> str:
+    """A key from the environment; nothing else may hold one.
+
+    `airflow:NAME` is the password of the Airflow connection NAME, as Airflow's own variable AIRFLOW_CONN_NAME
+    gives it (JSON or URI).
+
+    Raises:
+        ConfigError: it is not set.
+    """
+    kind, _, name = variable.rpartition(":")
+    source = f"AIRFLOW_CONN_{name.upper()}" if kind == "airflow" else variable
+    value = os.environ.get(source, "")
+    if value and kind == "airflow":
+        value = _password(value)
+    if not value:
+        raise ConfigError(f"no key: set the environment variable {source}")
+    return value
+
+
+def _password(connection: str) -> str:
+    if connection.lstrip().startswith("{"):
+        return str(json.loads(connection).get("password", ""))
+    return unquote(urlsplit(connection).password or "")
 
 
 def environment() -> dict[str, str]:

@@ -130,6 +130,22 @@ class Engine(Protocol):
         """
 
 
+@runtime_checkable
+class SupportsClose(Protocol):
+    """An engine that holds connections or processes."""
+
+    async def close(self) -> None:
+        """Let go of them; the engine is of no use any more."""
+
+
+@runtime_checkable
+class SupportsTokens(Protocol):
+    """An engine whose ids can be read."""
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """The text of each id, by id."""
+
+
 class Scaffold(Protocol):
     """A coding agent, as a black box that talks to a model endpoint."""
 

@@ -158,7 +158,7 @@ def demonstrations(task: Task) -> list[Demonstration]:
 
 
 class HarborConfig(BaseModel):
-    """Options of the Harbor dataset: a folder with `train/` and `held-out/`."""
+    """Options of the Harbor dataset: a folder with `train/` and `held-out/`, or of task directories."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -166,7 +166,10 @@ class HarborConfig(BaseModel):
 
 
 class HarborDataset:
-    """The tasks of a folder `root/<split>/<task id>/`, in order of their ids."""
+    """The tasks of a folder `root/<split>/<task id>/`, in order of their ids.
+
+    A folder that holds task directories itself has one split: `train`.
+    """
 
     def __init__(self, config: HarborConfig) -> None:
         self._root = config.root
@@ -178,8 +181,10 @@ class HarborDataset:
             TaskError: no such split, or a directory in it is not a task.
         """
         folder = self._root / split
+        if split == "train" and next(self._root.glob("*/task.toml"), None):
+            folder = self._root
         if not folder.is_dir():
             found = ", ".join(sorted(p.name for p in self._root.glob("*/"))) or "nothing"
             raise TaskError(f"{self._root}: no split {split!r}; found: {found}")
-        for directory in sorted(folder.iterdir()):
+        for directory in sorted(path for path in folder.iterdir() if path.is_dir()):
             yield read_task(directory)

@@ -1,7 +1,7 @@
 """Messages to token ids and back, by the tokenizer's own chat template and response template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,13 @@ class ChatTokenizer:
             return self.decode(ids), "", ()
         content, reasoning = parsed.get("content") or "", parsed.get("reasoning_content") or ""
         return content.rstrip() if calls else content, reasoning.strip(), calls
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """See `SupportsTokens.token_texts`."""
+        return {
+            number: str(self._tokenizer.decode([number], skip_special_tokens=False))
+            for number in sorted(set(ids))
+        }
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""

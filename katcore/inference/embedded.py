@@ -9,7 +9,7 @@ tests/inference/test_embedded.py.
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,9 @@ from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.cache import Slot, SlotCache
 from katcore.inference.chat import ChatTokenizer
 from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
+
+_MAX_MASK = 1 << 26
+"""Elements of the attention mask of one forward pass: 256 MiB in float32."""
 
 
 @dataclass(slots=True)
@@ -78,6 +81,10 @@ class EmbeddedEngine:
     ) -> tuple[int, ...]:
         """See `Engine.encode`."""
         return self._chat.encode(messages, tools=tools, start=start)
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """See `SupportsTokens.token_texts`."""
+        return self._chat.token_texts(ids)
 
     async def generate(self, request: EngineRequest) -> Generation:
         """See `Engine.generate`."""
@@ -135,24 +142,34 @@ class EmbeddedEngine:
         batch = fresh or self._active
         if not batch:
             return
+        widths = self._widths(batch)
         with torch.inference_mode():
-            logits_BV = self._fill(fresh) if fresh else self._decode(batch)
-            tokens, logprobs = self._sample(batch, logits_BV)
-        for item, token, logprob in zip(batch, tokens, logprobs, strict=True):
+            logits_BV = self._fill(fresh, widths) if fresh else self._decode(batch)
+            ended = [row for row, item in enumerate(batch) if widths[row] == len(item.pending)]
+            tokens, logprobs = self._sample([batch[row] for row in ended], logits_BV[ended])
+        for item, width in zip(batch, widths, strict=True):
             assert item.slot.ids is not None
-            item.slot.ids += item.pending
+            item.slot.ids += item.pending[:width]
+            del item.pending[:width]
+        for row, token, logprob in zip(ended, tokens, logprobs, strict=True):
+            item = batch[row]
             item.pending = [token]
             item.ids.append(token)
             item.logprobs.append(logprob)
 
-    def _fill(self, batch: list[_Active]) -> Tensor:
-        widths = [len(item.pending) for item in batch]
+    def _widths(self, batch: list[_Active]) -> list[int]:
+        """How many pending ids of each are taken at once: long prompts go in parts, for memory's sake."""
+        length = max(len(item.slot.ids or ()) + len(item.pending) for item in batch)
+        widest = max(1, _MAX_MASK // (len(batch) * length))
+        return [min(len(item.pending), widest) for item in batch]
+
+    def _fill(self, batch: list[_Active], widths: list[int]) -> Tensor:
         starts = [len(item.slot.ids or ()) for item in batch]
         width, length = max(widths), max(map(sum, zip(starts, widths, strict=True)))
         ids_BQ = torch.zeros(len(batch), width, dtype=torch.long)
         places_BQ = torch.full((len(batch), width), self._context)
         for row, (item, start) in enumerate(zip(batch, starts, strict=True)):
-            ids_BQ[row, : widths[row]] = torch.tensor(item.pending)
+            ids_BQ[row, : widths[row]] = torch.tensor(item.pending[: widths[row]])
             places_BQ[row, : widths[row]] = torch.arange(start, start + widths[row])
         slots = [item.slot.number for item in batch]
         return self._forward(slots, ids_BQ, places_BQ, length, torch.tensor(widths) - 1)

@@ -1,6 +1,6 @@
 """The scripted engine: replays a programme of turns, so that an oracle is captured like any agent."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from katcore.errors import EngineError
 from katcore.inference.chat import ChatTokenizer
@@ -24,6 +24,10 @@ class ScriptedEngine:
     ) -> tuple[int, ...]:
         """See `Engine.encode`."""
         return self._chat.encode(messages, tools=tools, start=start)
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """See `SupportsTokens.token_texts`."""
+        return self._chat.token_texts(ids)
 
     async def generate(self, request: EngineRequest) -> Generation:
         """See `Engine.generate`. The ids are tokenised once, here, and marked as scripted."""

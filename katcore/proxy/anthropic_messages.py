@@ -192,7 +192,7 @@ def answer(reply: Reply) -> dict[str, Any]:
         **_frame(reply),
         "content": list(_blocks(reply.generation)),
         "stop_reason": _stop_reason(reply.generation),
-        "usage": _usage(reply, len(reply.generation.ids)),
+        "usage": _usage(reply, reply.num_sampled),
     }
 
 
@@ -211,7 +211,7 @@ def events(reply: Reply | Problem) -> Iterator[bytes]:
             yield _event("content_block_delta", index=index, delta=delta)
         yield _event("content_block_stop", index=index)
     delta = {"stop_reason": _stop_reason(reply.generation), "stop_sequence": None}
-    yield _event("message_delta", delta=delta, usage=_usage(reply, len(reply.generation.ids)))
+    yield _event("message_delta", delta=delta, usage=_usage(reply, reply.num_sampled))
     yield _event("message_stop")
 
 

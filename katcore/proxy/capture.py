@@ -117,8 +117,9 @@ class Capture:
             ask.model,
             call.finished_s,
             generation,
-            len(prompt.ids),
+            len(prompt.ids) or generation.usage[0],
             prompt.num_shared,
+            len(generation.ids) or generation.usage[1],
             ask.has_usage,
         )
 

@@ -198,10 +198,9 @@ def _frame(reply: Reply, kind: str) -> dict[str, Any]:
 
 
 def _usage(reply: Reply) -> dict[str, Any]:
-    num_sampled = len(reply.generation.ids)
     return {
         "prompt_tokens": reply.num_prompt,
-        "completion_tokens": num_sampled,
-        "total_tokens": reply.num_prompt + num_sampled,
+        "completion_tokens": reply.num_sampled,
+        "total_tokens": reply.num_prompt + reply.num_sampled,
         "prompt_tokens_details": {"cached_tokens": reply.num_cached},
     }

@@ -54,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer, in nobody's dialect. `num_cached` of the `num_prompt` ids were known from before."""
+    """An answer, in nobody's dialect. `num_cached` of the `num_prompt` tokens were known from before."""
 
     id: str
     model: str
@@ -62,6 +62,7 @@ class Reply:
     generation: Generation
     num_prompt: int
     num_cached: int
+    num_sampled: int
     has_usage: bool = True
 
 

@@ -203,7 +203,7 @@ def _events(reply: Reply) -> Iterator[dict[str, Any]]:
 
 def _failed(reason: Problem) -> Iterator[dict[str, Any]]:
     nothing = Generation((), (), "", "stop", "")
-    frame = _frame(Reply(uuid.uuid4().hex, "", time.time(), nothing, 0, 0), "failed")
+    frame = _frame(Reply(uuid.uuid4().hex, "", time.time(), nothing, 0, 0, 0), "failed")
     error = problem(reason)["error"]
     frame |= {"output": [], "usage": None}
     yield {"type": "response.created", "response": {**frame, "status": "in_progress"}}
@@ -277,11 +277,10 @@ def _frame(reply: Reply, status: str) -> dict[str, Any]:
 
 
 def _usage(reply: Reply) -> dict[str, Any]:
-    num_sampled = len(reply.generation.ids)
     return {
         "input_tokens": reply.num_prompt,
         "input_tokens_details": {"cached_tokens": reply.num_cached},
-        "output_tokens": num_sampled,
+        "output_tokens": reply.num_sampled,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": reply.num_prompt + num_sampled,
+        "total_tokens": reply.num_prompt + reply.num_sampled,
     }

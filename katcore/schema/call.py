@@ -74,7 +74,7 @@ class Generation:
     """What an engine sampled: ids (the end-of-turn token included) and one log-probability each.
 
     `text`, `reasoning` and `tool_calls` are what the ids say. An engine that gives no ids (`api`) leaves
-    both tuples empty.
+    both tuples empty, and counts in `usage`: tokens of prompt and answer.
     """
 
     ids: tuple[int, ...]
@@ -85,6 +85,7 @@ class Generation:
     origin: Origin = "sampled"
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    usage: tuple[int, int] = (0, 0)
 
     @property
     def message(self) -> Message:

@@ -9,8 +9,11 @@ from katcore.protocols import Engine
 
 @hookimpl
 def katcore_engines() -> Iterable[Offer[Any, Engine]]:
-    """The embedded engine over a model folder."""
-    from kat_engines.embedded import EmbeddedConfig, make_embedded
+    """A model in this process, somebody else's by its API, and a script."""
+    from kat_engines import config
 
     summary = "a Hugging Face folder, sampled in this process"
-    yield Offer("embedded", EmbeddedConfig, make_embedded, summary)
+    yield Offer("transformers", config.TransformersConfig, config.make_transformers, summary)
+    summary = "any API of OpenAI's or Anthropic's kind"
+    yield Offer("upstream", config.UpstreamConfig, config.make_upstream, summary)
+    yield Offer("scripted", config.ScriptedConfig, config.make_scripted, "says what it is told")

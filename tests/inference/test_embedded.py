@@ -267,3 +267,18 @@ async def test_a_failure_is_told_to_everyone_and_passes(engine: EmbeddedEngine) 
     assert [type(item) for item in results] == [EngineError] * 9
     engine._model = model
     assert (await engine.generate(wanted[0])).ids
+
+
+async def test_a_long_prompt_goes_in_parts_to_the_same_answers(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [request(f"s{n}", ids) for n, ids in enumerate(prompts(6))]
+    whole = open_engine(model_folder, num_slots=3, context=CONTEXT)
+    expected = await asyncio.gather(*map(whole.generate, wanted))
+    for elements in (1, 40, 300):
+        monkeypatch.setattr("katcore.inference.embedded._MAX_MASK", elements)
+        parts = open_engine(model_folder, num_slots=3, context=CONTEXT)
+        found = await asyncio.gather(*map(parts.generate, wanted))
+        assert [item.ids for item in found] == [item.ids for item in expected]
+        for item, other in zip(found, expected, strict=True):
+            assert item.logprobs == pytest.approx(other.logprobs, abs=1e-4)

@@ -1,17 +1,16 @@
 """The command line: `kat <verb>`."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from katcore.cli import capture
+from katcore.cli.common import err, errors_said, out, say
 from katcore.config import Preset, load_preset, preset_names
-from katcore.errors import KatError, StageBusyError
 from katcore.plugin import Plugins
 
 app = typer.Typer(
@@ -20,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Specialize experts on feedback from real sandboxes, then unify them into one model.",
 )
-_out = Console()
-_err = Console(stderr=True)
 
 PresetName = Annotated[
     str, typer.Option("--preset", help=f"{', '.join(preset_names())}, or a YAML file.")
@@ -31,18 +28,6 @@ Seed = Annotated[
     int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, training and sampling.")
 ]
 Expert = Annotated[str, typer.Option(help="The expert of this stage; empty: the unified model.")]
-
-
-@contextmanager
-def _errors_said() -> Iterator[None]:
-    try:
-        yield
-    except KatError as error:
-        _err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(75 if isinstance(error, StageBusyError) else 2) from error
-    except KeyboardInterrupt as stop:
-        _err.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from stop
 
 
 def _plan(preset: str, experts: str, seed: int) -> tuple[Any, Preset, Plugins]:
@@ -60,11 +45,11 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
         from katcore.pipeline.plan import UNIFIED
         from katcore.pipeline.stage import run_stage
 
-        with _errors_said():
+        with errors_said():
             plan, _, plugins = _plan(preset, experts, seed)
             name = stage if stage == "base" else f"{expert or UNIFIED}.{stage}"
             done = run_stage(plan, name, plugins)
-            _err.print(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
+            err.print(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
             typer.echo(done.path.as_uri())
 
     command.__doc__ = summary
@@ -83,7 +68,30 @@ _STAGES = {
     "register": "Make a version in the model registry.",
 }
 for _name, _summary in _STAGES.items():
-    app.command(_name, help=_summary, rich_help_panel="Stages")(_stage_command(_name, _summary))
+    if _name != "collect":
+        app.command(_name, help=_summary, rich_help_panel="Stages")(_stage_command(_name, _summary))
+
+
+@app.command(rich_help_panel="Stages")
+def collect(
+    config: Annotated[
+        Path | None, typer.Argument(help="A collection's YAML; without it, the stage.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the collection; its file's by default.")] = "",
+    preset: PresetName = "nano",
+    expert: Expert = "",
+    experts: Experts = "",
+    seed: Seed = 0,
+) -> None:
+    """Replay demonstrations through sandbox, proxy and verifier; or run any scaffold on tasks of yours."""
+    if config is None:
+        _stage_command("collect", "")(preset, expert, experts, seed)
+    else:
+        capture.collect(config, name or config.stem)
+
+
+app.add_typer(capture.scaffolds, name="scaffolds")
+app.command()(capture.proxy)
 
 
 @app.command()
@@ -91,9 +99,9 @@ def pipeline(preset: PresetName = "nano", experts: Experts = "", seed: Seed = 0)
     """Run all stages without Airflow; goes on where an earlier run stopped."""
     from katcore.pipeline import local, watch
 
-    with _errors_said():
+    with errors_said():
         plan, _, _ = _plan(preset, experts, seed)
-        with watch.Watch(plan, _out) as shown:
+        with watch.Watch(plan, out) as shown:
             local.run_all(plan, preset, shown.tick)
         _finish(plan)
 
@@ -104,10 +112,10 @@ def run(preset: PresetName = "nano", experts: Experts = "", seed: Seed = 0) -> N
     from katcore.pipeline import watch
     from katcore.service import drive
 
-    with _errors_said():
+    with errors_said():
         plan, _, _ = _plan(preset, experts, seed)
-        with watch.Watch(plan, _out) as shown:
-            drive.run(plan, preset, shown.tick, _say)
+        with watch.Watch(plan, out) as shown:
+            drive.run(plan, preset, shown.tick, say)
         _finish(plan)
 
 
@@ -119,10 +127,10 @@ def up(
     """Start Airflow and MLflow in the background, on loopback."""
     from katcore.service import control
 
-    with _errors_said():
-        for line in control.where(control.up(port, mlflow_port, _say)):
-            _say(line)
-        _say("stop them with `kat down`")
+    with errors_said():
+        for line in control.where(control.up(port, mlflow_port, say)):
+            say(line)
+        say("stop them with `kat down`")
 
 
 @app.command()
@@ -130,9 +138,9 @@ def down() -> None:
     """Stop what `kat up` started, and all that it left."""
     from katcore.service import control
 
-    with _errors_said():
+    with errors_said():
         count = control.down()
-        _say(f"stopped ({count} processes)" if count else "nothing to stop")
+        say(f"stopped ({count} processes)" if count else "nothing to stop")
 
 
 @app.command()
@@ -142,7 +150,7 @@ def report(
     """Print the last run's table again."""
     from katcore.pipeline import table
 
-    with _errors_said():
+    with errors_said():
         found = table.last_report()
         if as_json:
             typer.echo(json.dumps(found))
@@ -153,17 +161,13 @@ def report(
 @app.command()
 def plugins() -> None:
     """List what is installed: offers and experts, and who supplies them."""
-    with _errors_said():
+    with errors_said():
         table = Table()
         for column in ("kind", "name", "plugin", "summary"):
             table.add_column(column)
         for item in Plugins.installed().everything():
             table.add_row(item.kind, item.name, item.plugin, item.summary)
-        _out.print(table)
-
-
-def _say(line: str) -> None:
-    _err.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(table)
 
 
 def _finish(plan: Any) -> None:
@@ -179,16 +183,12 @@ def _finish(plan: Any) -> None:
 def _print(found: dict[str, Any]) -> None:
     from katcore.pipeline import table
 
-    _out.print(table.pass_rates(found))
-    _out.print(table.checks(found))
+    out.print(table.pass_rates(found))
+    out.print(table.checks(found))
     for line in table.where_to_look(found):
-        _out.print(line, markup=False, soft_wrap=True)
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run `kat`."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m katcore.cli`, as stages are started."""
+
+from katcore.cli import main
+
+main()
