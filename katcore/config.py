@@ -251,5 +251,9 @@ def _password(connection: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """A copy of the process environment, to start other processes with."""
-    return dict(os.environ)
+    """A copy of the process environment, to start other processes with.
+
+    Threads that wait for each other sleep, unless OMP_WAIT_POLICY says otherwise: stages share cores with
+    each other and with sandboxes, and beside one busy process, two threads that spin are slower than one.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}

@@ -1,4 +1,4 @@
-"""Writes docs/reference/{hooks,cli,config}.md from the live objects; `--check` only compares."""
+"""Writes docs/reference/{hooks,cli,config,collection,offers}.md from the live objects; `--check` compares."""
 
 import argparse
 import ast
@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from katcore import config, protocols
 from katcore.cli import app
-from katcore.plugin import Offer, hookspecs
+from katcore.pipeline.collection import Choice, CollectionConfig
+from katcore.plugin import Offer, Plugins, hookspecs
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 _NOTE = "<!-- Written by scripts/reference.py; do not edit. -->\n\n"
@@ -46,12 +47,20 @@ def cli() -> str:
     """Every verb of `kat` with its options."""
     group: Any = typer.main.get_command(app)
     parts = ["# Command line\n\n", _NOTE, f"{group.help}\n\n"]
-    for name, command in sorted(group.commands.items()):
+    for name, command in sorted(_verbs(group)):
         parts.append(f"## `kat {name}`\n\n{inspect.cleandoc(command.help or '')}\n\n")
         options = [_option(option) for option in command.params if option.name != "help"]
         if options:
             parts.append("| option | default | |\n|---|---|---|\n" + "".join(options) + "\n")
     return "".join(parts).rstrip() + "\n"
+
+
+def _verbs(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _verbs(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def settings() -> str:
@@ -66,9 +75,7 @@ def settings() -> str:
         path = Path(config.__file__).parent / "presets" / f"{name}.yaml"
         parts.append(f"- `{name}`: {yaml.safe_load(path.read_text())['summary']}\n")
     parts.append("\n")
-    for model in _models(config.Preset):
-        where = "Top level" if model is config.Preset else f"`{_key_of(model)}`"
-        parts.append(f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n")
+    parts += _sections(config.Preset)
     parts.append("## Environment variables\n\n")
     for value in vars(config).values():
         text = inspect.getdoc(value) if inspect.isfunction(value) else ""
@@ -77,7 +84,36 @@ def settings() -> str:
     return "".join(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"hooks.md": hooks, "cli.md": cli, "config.md": settings}
+def collections() -> str:
+    """Every key of a collection."""
+    head = "# Collections\n\n" + _NOTE
+    said = "What the file of `kat collect FILE` may say; [how to](../how-to/collect.md).\n\n"
+    return "".join([head, said, *_sections(CollectionConfig)]).rstrip() + "\n"
+
+
+def offers() -> str:
+    """The options of every offer that ships."""
+    parts = ["# Offers\n\n", _NOTE, "What ships with katcore, and the options of each.\n\n"]
+    for item in Plugins.installed().everything():
+        if item.offer and item.package.startswith("kat_"):
+            parts.append(f"## {item.kind} `{item.name}`\n\n{item.summary}. ")
+            parts.append(f"{inspect.getdoc(item.offer.config)}\n\n{_keys(item.offer.config)}\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _sections(top: type[BaseModel]) -> Iterator[str]:
+    for model in _models(top):
+        where = "Top level" if model is top else f"`{_key_of(top, model)}`"
+        yield f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "hooks.md": hooks,
+    "cli.md": cli,
+    "config.md": settings,
+    "collection.md": collections,
+    "offers.md": offers,
+}
 
 
 def _function(title: str, value: Any) -> str:
@@ -118,8 +154,8 @@ def _models(top: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield from (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
 
 
-def _key_of(model: type[BaseModel]) -> str:
-    fields = config.Preset.model_fields.items()
+def _key_of(top: type[BaseModel], model: type[BaseModel]) -> str:
+    fields = top.model_fields.items()
     return "`, `".join(name for name, field in fields if field.annotation is model)
 
 
@@ -129,8 +165,10 @@ def _keys(model: type[BaseModel]) -> str:
         kind = field.annotation
         shown = kind.__name__ if isinstance(kind, type) and kind.__module__ != "builtins" else None
         text = shown or (kind.__name__ if kind in (int, float, str, bool) else str(kind))
-        text = text.replace("typing.", "").replace("|", "or")
+        text = re.sub(r"\b(?:[a-z_]+\.)+", "", text).replace("|", "or")
         default = field.get_default(call_default_factory=True)
+        if isinstance(default, Choice):
+            default = default.name
         is_nested = isinstance(default, BaseModel)
         value = (
             "see below" if is_nested else "required" if field.is_required() else f"`{default!r}`"

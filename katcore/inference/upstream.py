@@ -21,6 +21,8 @@ from katcore.schema.call import EngineRequest, Generation, Message, Sampling, To
 
 _TIMEOUT_S = 900.0
 _OVERFLOW = ("context_length_exceeded", "prompt is too long", "maximum context length")
+_MAX_ANSWER = 32_000
+"""Anthropic wants a limit, and refuses one beyond the model's."""
 _Finish = Literal["stop", "length"]
 
 
@@ -88,8 +90,8 @@ class UpstreamEngine:
             system=system or anthropic.omit,
             messages=_turns([item for item in request.messages if item.role != "system"]),
             tools=[_anthropic_tool(tool) for tool in request.tools] or anthropic.omit,
-            max_tokens=sampling_limit(request.sampling),
-            **_drawn(request.sampling),
+            max_tokens=min(request.sampling.max_tokens, _MAX_ANSWER),
+            extra_body=_drawn(request.sampling),
         ) as stream:
             answer = await stream.get_final_message()
         usage = answer.usage
@@ -124,11 +126,6 @@ class UpstreamEngine:
             tool_calls=calls,
             usage=usage,
         )
-
-
-def sampling_limit(sampling: Sampling) -> int:
-    """Anthropic wants a limit, and refuses one beyond the model's."""
-    return min(sampling.max_tokens, 32_000)
 
 
 def _drawn(sampling: Sampling) -> dict[str, Any]:

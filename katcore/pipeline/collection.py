@@ -10,7 +10,7 @@ The same command goes on where it was stopped: what was scored is not done again
 """
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,10 @@ async def run(
     folder: Path, config: CollectionConfig, plugins: Plugins, report: Callable[[str], None]
 ) -> AsyncIterator[Tally]:
     """Make what is missing; yields the tally after each rollout, then writes the formats."""
+    formatters = {
+        choice.name: plugins.make("formatter", choice.name, choice.options)
+        for choice in config.formatters
+    }
     tasks = _tasks(config, plugins)
     engine: Engine = plugins.make("engine", config.engine.name, config.engine.options)
     scaffold = plugins.make("scaffold", config.scaffold.name, config.scaffold.options)
@@ -187,7 +191,8 @@ async def run(
                 tally.add(rollout)
                 plugins.notify("katcore_rollout_finished", RolloutFinished(rollout))
                 yield tally
-        write_formats(folder, config, plugins)
+        for name, formatter in formatters.items():
+            write_rows(folder / f"{name}.jsonl", formatter.samples(rollouts_of(folder)))
         if isinstance(engine, SupportsTokens):
             _write_tokens(folder, engine)
     finally:
@@ -205,16 +210,13 @@ def rollouts_of(folder: Path) -> Iterator[Rollout]:
     return (rollout for rollout in read_lines(Rollout, path) if rollout.id in chosen)
 
 
-def write_formats(folder: Path, config: CollectionConfig, plugins: Plugins) -> None:
-    """Write `<formatter>.jsonl` for each formatter of the config."""
-    for choice in config.formatters:
-        formatter: Any = plugins.make("formatter", choice.name, choice.options)
-        target = folder / f"{choice.name}.jsonl"
-        partial = target.with_suffix(".partial")
-        with partial.open("wb") as file:
-            for row in formatter.samples(rollouts_of(folder)):
-                file.write((to_json(row) if is_dataclass(row) else orjson.dumps(row)) + b"\n")
-        partial.rename(target)
+def write_rows(target: Path, rows: Iterable[Any]) -> None:
+    """Write records or plain rows, one line each; the file appears when it is whole."""
+    partial = target.with_suffix(".partial")
+    with partial.open("wb") as file:
+        for row in rows:
+            file.write((to_json(row) if is_dataclass(row) else orjson.dumps(row)) + b"\n")
+    partial.rename(target)
 
 
 def _tasks(config: CollectionConfig, plugins: Plugins) -> list[Task]:

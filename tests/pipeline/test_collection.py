@@ -1,0 +1,110 @@
+"""`kat collect FILE`: what may be said in the file, going on where it stopped, and what it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from katcore.cli import app
+from katcore.errors import ConfigError
+from katcore.pipeline.collection import load_collection, open_folder
+from katcore.schema.codec import read_lines
+from katcore.schema.rollout import Rollout
+from katcore.schema.sample import Sample
+
+SCRIPT = {"name": "scripted", "turns": ["echo hello > hello.txt", "submit"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KATCORE_HOME", str(tmp_path / "home"))
+    for name in ("first", "second"):
+        for file, text in {
+            "task.toml": "[agent]\ntimeout_sec = 60.0\n",
+            "instruction.md": "Write the word hello into hello.txt.",
+            "environment/Dockerfile": "FROM host\nWORKDIR /repo\n",
+            "tests/test.sh": "[ -f /repo/hello.txt ]; echo $((1 - $?)) > /logs/verifier/reward.txt\n",
+        }.items():
+            path = tmp_path / "tasks" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return tmp_path
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    config = {"tasks": "tasks", "scaffold": "mini", "engine": SCRIPT} | changes
+    path = folder / "try.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def collect(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["collect", *map(str, arguments)])
+
+
+def test_it_leaves_calls_rollouts_and_samples_and_goes_on(folder: Path) -> None:
+    path = written(folder, attempts=2)
+    done = collect(path)
+    assert done.exit_code == 0, done.output
+    made = folder / "home" / "collections" / "try"
+    rollouts = list(read_lines(Rollout, made / "rollouts.jsonl"))
+    assert sorted((item.task_id, item.attempt) for item in rollouts) == [
+        ("first", 0), ("first", 1), ("second", 0), ("second", 1),
+    ]  # fmt: skip
+    assert {item.reward for item in rollouts} == {1.0}
+    assert {item.scaffold for item in rollouts} == {"mini"}
+    assert len(list(read_lines(Sample, made / "tree.jsonl"))) == 4
+    before = (made / "calls.jsonl").read_bytes()
+    again = collect(path)
+    assert again.exit_code == 0, again.output
+    assert (made / "calls.jsonl").read_bytes() == before
+    assert len(list(read_lines(Rollout, made / "rollouts.jsonl"))) == 4
+
+
+def test_what_was_lost_is_tried_again(folder: Path) -> None:
+    path = written(folder, engine={"name": "scripted", "turns": ["echo hello > hello.txt"]})
+    done = collect(path, "--name", "other")
+    assert done.exit_code == 1
+    assert "2 rollouts were lost to infrastructure" in done.output
+    made = folder / "home" / "collections" / "other"
+    assert {item.reward for item in read_lines(Rollout, made / "rollouts.jsonl")} == {None}
+    config = load_collection(written(folder))
+    (made / "config.json").write_text(config.model_dump_json())
+    done = collect(folder / "try.yaml", "--name", "other")
+    assert done.exit_code == 0, done.output
+    assert len(list(read_lines(Sample, made / "tree.jsonl"))) == 2
+
+
+def test_another_config_needs_another_name(folder: Path) -> None:
+    open_folder("a", load_collection(written(folder)))
+    other = load_collection(written(folder, attempts=3))
+    with pytest.raises(ConfigError, match="made with another config; choose another --name"):
+        open_folder("a", other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaffold": "claude"}, "no scaffold named 'claude'; installed: "),
+        ({"engine": "gpt"}, "no engine named 'gpt'; installed: "),
+        ({"engine": {"name": "transformers"}}, "model"),
+        ({"engine": {"name": "transformers", "model": "/nowhere"}}, "/nowhere: no model folder"),
+        ({"formatters": ["csv"]}, "no formatter named 'csv'"),
+        ({"tasks": "nothing"}, "no split 'train'"),
+        ({"attempts": 0}, "attempts: "),
+        ({"atempts": 1}, "atempts: "),
+        ({"budget": {"max_call": 1}}, "budget.max_call: "),
+    ],
+)
+def test_what_does_not_fit_is_said(folder: Path, changes: dict[str, Any], said: str) -> None:
+    done = collect(written(folder, **changes))
+    assert done.exit_code == 2
+    assert said in done.output.replace("\n", "")
+
+
+def test_a_file_that_is_not_there_is_said(folder: Path) -> None:
+    done = collect(folder / "nothing.yaml")
+    assert done.exit_code == 2
+    assert "nothing.yaml: cannot be read" in done.output.replace("\n", "")
