@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -148,6 +149,23 @@ def report(
             typer.echo(json.dumps(found))
         else:
             _print(found)
+
+
+@app.command()
+def view(
+    path: Annotated[
+        Path, typer.Argument(help="A file of rollouts, or a folder with a rollouts.jsonl.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pages; view/ beside the file or beside stages/ if empty."),
+    ] = None,
+) -> None:
+    """Write a page for each rollout, down to its tokens, to read offline; prints where."""
+    from katcore.pipeline.view import write_views
+
+    with _errors_said():
+        typer.echo(write_views(path, out))
 
 
 @app.command()
