@@ -159,6 +159,23 @@ def report(
 
 
 @app.command()
+def view(
+    path: Annotated[
+        Path, typer.Argument(help="A file of rollouts, or a folder with a rollouts.jsonl.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pages; view/ beside the file or beside stages/ if empty."),
+    ] = None,
+) -> None:
+    """Write a page for each rollout, down to its tokens, to read offline; prints where."""
+    from katcore.pipeline.view import write_views
+
+    with errors_said():
+        typer.echo(write_views(path, out))
+
+
+@app.command()
 def plugins() -> None:
     """List what is installed: offers and experts, and who supplies them."""
     with errors_said():

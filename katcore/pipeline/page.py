@@ -13,12 +13,12 @@ from typing import Any
 
 from katcore.pipeline import browse
 from katcore.pipeline.chart import curve, escape, interval
+from katcore.pipeline.document import document, table, write
 from katcore.pipeline.gate import COLUMNS, number
 from katcore.pipeline.plan import UNIFIED
 from katcore.pipeline.progress import CURVE
 
 _CURVES = ("loss", "reward", "kl")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def _pass_rates(report: Mapping[str, Any], links: Mapping[str, str]) -> str:
         rows.append(cells)
     titles = [column.upper() if column in {"sft", "rl"} else column for column in COLUMNS]
     note = "<p>Greedy, with Wilson's 95 % interval; below it the rate when sampled.</p>"
-    return _table(("domain", *titles), rows, num_text=1) + note
+    return table(("domain", *titles), rows, num_text=1) + note
 
 
 def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
@@ -128,7 +128,7 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
         ]
         for check in checks
     ]
-    return _table(("domain", "what", "wanted", "", "value", "95 % interval"), rows, num_text=4)
+    return table(("domain", "what", "wanted", "", "value", "95 % interval"), rows, num_text=4)
 
 
 def _curves(stages: Iterable[_Stage]) -> str:
@@ -172,20 +172,7 @@ def _costs(stages: Iterable[_Stage]) -> str:
     ]
     total = [sum(manifest[name] for manifest in manifests) for name in ("seconds", "cpu_seconds")]
     rows.append(["<b>all</b>", "", f"<b>{_clock(total[0])}</b>", f"<b>{total[1]:.0f}</b>", ""])
-    return _table(("stage", "key", "time", "CPU seconds", "memory, MiB"), rows, num_text=2)
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], *, num_text: int) -> str:
-    """Cells are HTML. Columns after the first `num_text` hold numbers."""
-
-    def row(tag: str, cells: Iterable[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if at >= num_text else ''}>{cell}</{tag}>"
-            for at, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
-    return f'<div class="table"><table><tr>{row("th", head)}</tr>{body}</table></div>'
+    return table(("stage", "key", "time", "CPU seconds", "memory, MiB"), rows, num_text=2)
 
 
 def _held(is_held: bool) -> str:  # noqa: FBT001 - one word for a flag
@@ -198,14 +185,5 @@ def _clock(seconds: float) -> str:
 
 
 def _write(path: Path, title: str, body: str) -> None:
-    style = Path(__file__).with_name("page.css").read_text()
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
-        f"{f'<h1>{escape(title)}</h1>' if not body.startswith('<h1>') else ''}{body}</body></html>\n"
-    )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    head = "" if body.startswith("<h1>") else f"<h1>{escape(title)}</h1>"
+    write(path, document(title, head + body))
