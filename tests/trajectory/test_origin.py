@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 
 from katcore.errors import StageError
+from katcore.inference.bytes import write_byte_tokenizer
+from katcore.inference.chat import ChatTokenizer
 from katcore.plugin import Plugins
 from katcore.schema.call import Message, Origin, Tool
 from katcore.schema.rollout import Outcome, Rollout
@@ -111,3 +114,21 @@ def test_the_offers_are_installed() -> None:
     assert names <= set(plugins.names("formatter"))
     for name in names:
         assert not list(plugins.make("formatter", name).samples([]))
+
+
+def test_the_offer_takes_a_model_folder_as_its_tokenizer(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path)
+    session = Recorder()
+    history = [Message("user", "list")]
+    history += [session.say(history, "ls"), Message("user", "a.py")]
+    session.say(history, "done")
+    made = without_ids(rollout(session.calls))
+    formatter = Plugins.installed().make("formatter", "sft_tree", {"tokenizer": folder})
+    (sample,) = formatter.samples([made])
+    chat = ChatTokenizer(folder)
+    trained = [token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]
+    assert chat.decode(trained) == "lsdone"
+    assert sample.parents == tuple(range(-1, len(sample.tokens) - 1))
+    whole = [*history, Message("assistant", "done")]
+    assert list(sample.tokens[: len(chat.encode(whole[:1]))]) == list(chat.encode(whole[:1]))
+    assert sample.origin == "tokenised"
