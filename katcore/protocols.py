@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from katcore.schema.call import EngineRequest, Generation, Message, Tool
 from katcore.schema.rollout import (
@@ -15,8 +15,9 @@ from katcore.schema.rollout import (
     Trajectory,
     Verdict,
 )
-from katcore.schema.sample import Sample
 from katcore.schema.task import SandboxSpec, Task
+
+RowT_co = TypeVar("RowT_co", covariant=True)
 
 
 class Synthesizer(Protocol):
@@ -176,8 +177,15 @@ class Verifier(Protocol):
         """
 
 
-class Formatter(Protocol):
-    """Turns judged rollouts into training samples."""
+class Formatter(Protocol[RowT_co]):
+    """Turns rollouts into rows: token trees (`Sample`) for the stages, or dicts for other trainers.
 
-    def samples(self, rollouts: Iterable[Rollout]) -> Iterator[Sample]:
-        """One sample per usable rollout, in order."""
+    The same rollouts give the same rows.
+    """
+
+    def samples(self, rollouts: Iterable[Rollout]) -> Iterator[RowT_co]:
+        """The rows of all usable rollouts, in order.
+
+        Raises:
+            StageError: a rollout holds what this kind of row may not be made of.
+        """

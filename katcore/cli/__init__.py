@@ -176,6 +176,29 @@ def view(
 
 
 @app.command()
+def audit(
+    path: Annotated[
+        Path | None, typer.Argument(help="A folder with calls.jsonl and samples.jsonl.")
+    ] = None,
+    calls: Annotated[Path | None, typer.Option(help="The call log, where elsewhere.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="The samples, where elsewhere.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,  # noqa: FBT002
+) -> None:
+    """Prove from the call log that samples train what was sampled, and nothing else; 1 if they do not."""
+    from katcore.pipeline import audit as proof
+
+    with errors_said():
+        found = proof.audit_files(*proof.files_of(path, calls, samples))
+        if as_json:
+            typer.echo(json.dumps(proof.as_json(found)))
+        else:
+            out.print(proof.as_table(found))
+        if found.violation:
+            say(f"not borne out by the call log: {found.violation}")
+            raise typer.Exit(1)
+
+
+@app.command()
 def plugins() -> None:
     """List what is installed: offers and experts, and who supplies them."""
     with errors_said():

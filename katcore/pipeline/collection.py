@@ -85,7 +85,7 @@ class CollectionConfig(Settings):
     concurrency: int = Field(default=4, ge=1)
     sandbox: Choice = Choice(name="local")
     verifier: Choice = Choice(name="test-script")
-    formatters: tuple[Choice, ...] = (Choice(name="tree"),)
+    formatters: tuple[Choice, ...] = (Choice(name="tree"), Choice(name="chat"))
     sampling: SamplingSettings = SamplingSettings()
     budget: BudgetSettings = BudgetSettings()
     is_training: bool = True

@@ -8,7 +8,7 @@ from typing import Any
 
 from katcore.errors import StageError
 from katcore.pipeline.stage import Job
-from katcore.protocols import SandboxBackend
+from katcore.protocols import Formatter, SandboxBackend
 from katcore.proxy.server import Proxy
 from katcore.rollout.collect import Limits, collect
 from katcore.rollout.single import Attempt, Parts
@@ -96,9 +96,19 @@ def tasks_of(job: Job, expert: Expert, split: str) -> list[Task]:
 
 
 def samples_of(job: Job, expert: Expert, rollouts: Iterable[Rollout]) -> list[Sample]:
-    """The training samples of rollouts, by the expert's formatter."""
-    formatter: Any = job.plugins.make("formatter", expert.formatter)
-    return list(formatter.samples(rollouts))
+    """The training samples of rollouts, by the expert's formatter.
+
+    Raises:
+        StageError: that formatter makes no token trees.
+    """
+    formatter: Formatter[Any] = job.plugins.make("formatter", expert.formatter)
+    samples = list(formatter.samples(rollouts))
+    if not all(isinstance(sample, Sample) for sample in samples):
+        raise StageError(
+            f"expert {expert.name!r}: formatter {expert.formatter!r} makes no token trees;"
+            " a stage trains on those of: tree, sft_tree, rl_tree, distill_tree"
+        )
+    return samples
 
 
 class RolloutFile:

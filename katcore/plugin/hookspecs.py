@@ -63,8 +63,8 @@ def katcore_verifiers() -> Iterable[Offer[Any, Verifier]]:
 
 
 @hookspec
-def katcore_formatters() -> Iterable[Offer[Any, Formatter]]:
-    """Offer ways to turn rollouts into training samples."""
+def katcore_formatters() -> Iterable[Offer[Any, Formatter[Any]]]:
+    """Offer ways to turn rollouts into training samples, or into rows for others."""
     return ()
 
 

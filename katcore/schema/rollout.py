@@ -82,10 +82,10 @@ class Trajectory:
     turns: tuple[Turn, ...]
 
     def prompt(self, number: int) -> tuple[Message, ...]:
-        """All messages that turn `number` was asked with."""
+        """All messages that turn `number` was asked with, as far as the turns before it are there."""
         turn = self.turns[number]
         parts, left = [turn.messages], turn.num_shared_messages
-        while left:
+        while left and turn.parent >= 0:
             turn = self.turns[turn.parent]
             own = (*turn.messages, turn.message)
             parts.append(own[: max(0, left - turn.num_shared_messages)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ from katcore.config import Preset
 from katcore.errors import EngineError, StageError
 from katcore.pipeline.plan import Plan, StageSpec
 from katcore.pipeline.progress import Progress
-from katcore.pipeline.rollouts import RolloutFile, Rollouts
+from katcore.pipeline.rollouts import RolloutFile, Rollouts, samples_of
 from katcore.pipeline.stage import Job
 from katcore.plugin import Plugins, hookimpl
 from katcore.proxy.server import Proxy
@@ -150,3 +151,17 @@ async def test_more_is_an_error_once_all_were_given(tmp_path: Path, num: int, lo
     assert first.id in said
     assert "engine-failed" in said
     assert "out of memory" in said
+
+
+def test_a_stage_trains_on_token_trees_only(tmp_path: Path) -> None:
+    plugins = Plugins.installed()
+    expert = plugins.experts()["swe"]
+    (tmp_path / "out").mkdir()
+    progress = Progress(SPEC, tmp_path, PLAN)
+    job = Job(SPEC, PLAN.preset, 0, plugins, {}, tmp_path, tmp_path / "out", progress)
+    made = [rollout("a"), rollout("b")]
+    for name in (expert.formatter, "rl_tree"):
+        samples = samples_of(job, replace(expert, formatter=name), made)
+        assert [sample.rollout_id for sample in samples] == ["a", "b"]
+    with pytest.raises(StageError, match="expert 'swe': formatter 'chat' makes no token trees"):
+        samples_of(job, replace(expert, formatter="chat"), made)

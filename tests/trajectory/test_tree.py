@@ -34,7 +34,9 @@ def test_an_empty_session_is_an_empty_trajectory() -> None:
 
 def test_a_parent_that_was_not_recorded_is_a_root() -> None:
     orphan = call(1, (3,), (4,), call(0, (1,), (2,)))
-    assert build_trajectory("s", [orphan]).turns[0].parent == -1
+    trajectory = build_trajectory("s", [orphan])
+    assert trajectory.turns[0].parent == -1
+    assert trajectory.prompt(0) == orphan.new_messages
 
 
 def test_a_fork_shares_its_prefix() -> None:
