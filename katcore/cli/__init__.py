@@ -1,6 +1,7 @@
 """The command line: `kat <verb>`."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,9 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
         with errors_said():
             plan, _, plugins = _plan(preset, experts, seed)
             name = stage if stage == "base" else f"{expert or UNIFIED}.{stage}"
+            if stage == "evaluate" and expert:
+                # Only the gate waits for it; the run waits for the distillation beside it.
+                os.nice(10)
             done = run_stage(plan, name, plugins)
             err.print(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
             typer.echo(done.path.as_uri())

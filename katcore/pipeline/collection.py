@@ -9,9 +9,12 @@
 The same command goes on where it was stopped: what was scored is not done again.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,7 @@ class CollectionConfig(Settings):
     """A collection.
 
     `tasks` is a folder of task directories in Harbor's format. With `is_training` off, the agent chooses how
-    answers are drawn.
+    answers are drawn. `traces` is how many rollouts MLflow gets as traces; 0 leaves MLflow out.
     """
 
     tasks: Path
@@ -89,6 +92,7 @@ class CollectionConfig(Settings):
     sampling: SamplingSettings = SamplingSettings()
     budget: BudgetSettings = BudgetSettings()
     is_training: bool = True
+    traces: int = Field(default=100, ge=0)
 
 
 @dataclass(slots=True)
@@ -195,6 +199,9 @@ async def run(
             write_rows(folder / f"{name}.jsonl", formatter.samples(rollouts_of(folder)))
         if isinstance(engine, SupportsTokens):
             _write_tokens(folder, engine)
+        if config.traces:
+            report("writing to MLflow")
+            await asyncio.to_thread(_log, folder, config, tally)
     finally:
         file.close()
         await backend.close()
@@ -234,6 +241,30 @@ def _scored(file: RolloutFile, tally: Tally) -> set[tuple[str, int]]:
             done.add((rollout.task_id, rollout.attempt))
             tally.add(rollout)
     return done
+
+
+def _log(folder: Path, config: CollectionConfig, tally: Tally) -> None:
+    """The collection as an MLflow run, and its rollouts as traces; again after each time it went on."""
+    experiment = f"collect/{folder.name}"
+    tracking = import_module("katcore.registry.tracking")
+    memory = folder / "mlflow_run"
+    run = tracking.open_run(experiment, folder.name, {}, config.model_dump(mode="json"), memory)
+    scored = tally.passed + tally.failed
+    numbers = {
+        "passed": tally.passed,
+        "failed": tally.failed,
+        "lost": tally.lost,
+        "pass_rate": tally.passed / max(1, scored),
+        "infra_failed_rate": tally.lost / max(1, tally.done),
+        "exact_prompt_match_frac": 1 - tally.inexact / max(1, tally.calls),
+    }
+    run.log([(0, numbers)])
+    run.end()
+    traced = folder / "traced.json"
+    before = set(json.loads(traced.read_text())) if traced.exists() else set()
+    fresh = [item for item in islice(rollouts_of(folder), config.traces) if item.id not in before]
+    import_module("katcore.registry.traces").log_rollouts(experiment, fresh)
+    traced.write_text(json.dumps(sorted(before | {item.id for item in fresh})))
 
 
 def _write_tokens(folder: Path, engine: SupportsTokens) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
+from katcore.config import environment
 from katcore.errors import StageError
 from katcore.pipeline.parent import die_with_parent
 from katcore.pipeline.plan import Plan
@@ -70,6 +71,7 @@ def _start(plan: Plan, name: str, preset: str) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            env=environment(),
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGTERM),
         )
