@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 from functools import cache
+from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
@@ -12,10 +13,13 @@ from katcore.config import home
 from katcore.registry.location import artefact_root, tracking_uri
 
 
-@cache
 def client() -> MlflowClient:
-    """A client of the store. The first one makes the database, one process at a time."""
-    root = home()
+    """A client of the store in katcore's home. The first one makes the database, one process at a time."""
+    return _client(home())
+
+
+@cache
+def _client(root: Path) -> MlflowClient:
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.getLogger("alembic").setLevel(logging.WARNING)

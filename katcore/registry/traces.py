@@ -6,7 +6,9 @@ from typing import Any
 import mlflow
 from mlflow.entities import AssessmentSource, LiveSpan, SpanType
 
-from katcore.registry.store import client, experiment_id
+from katcore.config import home
+from katcore.registry.location import tracking_uri
+from katcore.registry.store import experiment_id
 from katcore.schema.call import Message, ToolCall
 from katcore.schema.rollout import Rollout, Turn
 
@@ -15,8 +17,8 @@ _NS = 1_000_000_000
 
 def log_rollouts(experiment: str, rollouts: Iterable[Rollout]) -> list[str]:
     """Make a trace of each rollout that has turns; returns the traces' ids."""
-    client()
     number = experiment_id(experiment)
+    mlflow.set_tracking_uri(tracking_uri(home()))
     made = [(rollout, _log(number, rollout)) for rollout in rollouts if rollout.trajectory.turns]
     mlflow.flush_trace_async_logging()
     for rollout, trace in made:

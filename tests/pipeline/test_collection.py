@@ -110,22 +110,23 @@ def test_a_file_that_is_not_there_is_said(folder: Path) -> None:
     assert "nothing.yaml: cannot be read" in done.output.replace("\n", "")
 
 
-def test_mlflow_gets_a_run_and_a_trace_of_each_rollout_once(folder: Path) -> None:
-    path = written(folder, traces=1)
-    for attempts in (1, 1):
-        done = collect(path)
-        assert done.exit_code == 0, (attempts, done.output)
+def test_mlflow_gets_a_run_and_a_trace_of_each_rollout_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from katcore.registry.store import client, experiment_id
 
-    client.cache_clear()
-    number = experiment_id("collect/try")
-    (run,) = client().search_runs([number])
-    assert run.data.metrics["passed"] == 2
-    assert run.data.metrics["exact_prompt_match_frac"] == 1.0
-    (trace,) = client().search_traces(locations=[number])
-    spans = trace.data.spans
-    assert [span.span_type for span in spans] == ["AGENT", "CHAT_MODEL", "CHAT_MODEL"]
-    assert spans[0].name in {"first", "second"}
-    (assessment,) = trace.info.assessments
-    assert (assessment.name, assessment.value) == ("reward", 1.0)
-    client.cache_clear()
+    path = written(folder, traces=1)
+    for home in ("home", "home", "another"):
+        monkeypatch.setenv("KATCORE_HOME", str(folder / home))
+        done = collect(path)
+        assert done.exit_code == 0, (home, done.output)
+        number = experiment_id("collect/try")
+        (run,) = client().search_runs([number])
+        assert run.data.metrics["passed"] == 2
+        assert run.data.metrics["exact_prompt_match_frac"] == 1.0
+        (trace,) = client().search_traces(locations=[number])
+        spans = trace.data.spans
+        assert [span.span_type for span in spans] == ["AGENT", "CHAT_MODEL", "CHAT_MODEL"]
+        assert spans[0].name in {"first", "second"}
+        (assessment,) = trace.info.assessments
+        assert (assessment.name, assessment.value) == ("reward", 1.0)

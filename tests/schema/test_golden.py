@@ -34,7 +34,7 @@ _CALL = ModelCall(
     num_shared=7,
     new_prompt_ids=(5, 6, 7),
     generation=Generation(
-        (8, 3), (-0.125, -2.5), "ls", "stop", "rl-12", "sampled", "because", (_LS,)
+        (8, 3), (-0.125, -2.5), "ls", "stop", "rl-12", "sampled", "because", (_LS,), (11, 2)
     ),
     requested=Sampling(0.2, 1 << 30, 5, 0.9, 40, 0.5, 0.25),
     used=Sampling(1.0, 64, None),
