@@ -23,6 +23,7 @@ from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.cache import Slot, SlotCache
 from katcore.inference.chat import ChatTokenizer
 from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
+from katcore.trajectory.prefix import num_common
 
 _MAX_MASK = 1 << 26
 """Elements of the attention mask of one forward pass: 256 MiB in float32."""
@@ -124,7 +125,7 @@ class EmbeddedEngine:
             slot = (
                 own[0] if own else min(free, key=lambda slot: (slot.ids is not None, slot.used_at))
             )
-            held = _num_common(slot.ids or [], request.prompt_ids[:-1]) if own else 0
+            held = num_common(slot.ids or [], request.prompt_ids[:-1]) if own else 0
             slot.ids = list(request.prompt_ids[:held])
             slot.session_id, slot.is_busy, slot.used_at = (
                 request.session_id,
@@ -285,12 +286,3 @@ def _cut(logprobs_V: Tensor, sampling: Sampling) -> Tensor:
     kept_V &= before_V < sampling.top_p * ordered_V.exp().where(kept_V, 0).sum()
     ordered_V[~kept_V] = -torch.inf
     return torch.empty_like(logprobs_V).scatter(0, order_V, ordered_V).log_softmax(0)
-
-
-def _num_common(held: Sequence[int], wanted: Sequence[int]) -> int:
-    num = 0
-    for a, b in zip(held, wanted, strict=False):
-        if a != b:
-            break
-        num += 1
-    return num

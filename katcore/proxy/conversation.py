@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from katcore.protocols import Engine
 from katcore.schema.call import Message, ModelCall, Tool
 from katcore.trajectory.canonical import canonical, chain, extend
+from katcore.trajectory.prefix import num_common
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,5 +134,4 @@ class Conversations:
         if holder == parent and end and end.num_ids == whole:
             return whole
         theirs = self._nodes[parent].beginning(whole)
-        pairs = enumerate(zip(ids, theirs, strict=False))
-        return next((at for at, (a, b) in pairs if a != b), min(len(ids), whole))
+        return num_common(ids, theirs)

@@ -15,6 +15,7 @@ from katcore.schema.rollout import Rollout, Trajectory, Turn
 from katcore.schema.sample import Sample
 from katcore.trajectory.conversation import conversation, num_messages
 from katcore.trajectory.formats import TreeConfig, TreeFormatter
+from katcore.trajectory.prefix import num_common
 
 
 class Encoder(Protocol):
@@ -101,7 +102,7 @@ def tokenised(trajectory: Trajectory, encoder: Encoder) -> Trajectory:
             num_shared = len(before)
         else:
             ids = encoder.encode(prompt, tools=tools)
-            num_shared = _num_common(ids, before)
+            num_shared = num_common(ids, before)
             new = ids[num_shared:]
         answer = encoder.answer_ids(turn.message, tools)
         whole.append((*before[:num_shared], *new, *answer))
@@ -138,8 +139,3 @@ def _first_other(rollout: Rollout, config: TreeConfig, origins: tuple[str, ...])
         if turn.role in config.roles and turn.origin not in origins:
             return number
     return None
-
-
-def _num_common(mine: Sequence[int], theirs: Sequence[int]) -> int:
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(mine), len(theirs)))

@@ -14,6 +14,7 @@ import orjson
 
 from katcore.errors import StageError
 from katcore.schema.call import ModelCall
+from katcore.trajectory.prefix import num_common
 
 _Digests = dict[str, bytes | list[bytes]]
 
@@ -34,7 +35,7 @@ class Requests:
             if isinstance(value, list):
                 items = [_digest(item) for item in value]
                 digests[name] = items
-                num = _num_common(items, known) if isinstance(known, list) else 0
+                num = num_common(items, known) if isinstance(known, list) else 0
                 fields.append((name, "list", [num, value[num:]]))
             else:
                 digests[name] = _digest(value)
@@ -76,8 +77,3 @@ def _value(kind: str, value: Any, before: dict[str, Any], name: str) -> Any:
 
 def _digest(value: Any) -> bytes:
     return hashlib.blake2b(orjson.dumps(value), digest_size=12).digest()
-
-
-def _num_common(mine: list[bytes], theirs: list[bytes]) -> int:
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
