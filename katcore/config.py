@@ -98,7 +98,7 @@ class DistillSettings(Settings):
 
     Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain,
     which cost no sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on
-    them.
+    them. `cold_batch` and `prompts` may differ between experts: they are the shares of the mixture.
     """
 
     cold_steps: int = 0
@@ -123,11 +123,15 @@ class EvaluateSettings(Settings):
     retention_lower: float = 0.90
 
 
+_SHARES = ("cold_batch", "prompts")
+
+
 class Preset(Settings):
     """All settings of one run but its seed and experts.
 
-    `experts` has what differs for one expert, by its name and the section (collect, sft, rl), such as
-    `{swe: {sft: {steps: 200}}}`.
+    `experts` has what differs for one expert, by its name and the section (collect, sft, rl, distill),
+    such as `{swe: {sft: {steps: 200}}}`. Of distillation, which all experts share, only its `cold_batch` and
+    `prompts` can differ.
     `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results.
     """
 
@@ -149,13 +153,18 @@ class Preset(Settings):
     expert_threads: int = 1
     shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    experts: dict[str, dict[Literal["collect", "sft", "rl"], dict[str, Any]]] = Field(
+    experts: dict[str, dict[Literal["collect", "sft", "rl", "distill"], dict[str, Any]]] = Field(
         default_factory=dict
     )
 
     @model_validator(mode="after")
     def _check_experts(self) -> "Preset":
-        for name in self.experts:
+        for name, sections in self.experts.items():
+            if shared := sections.get("distill", {}).keys() - _SHARES:
+                raise ValueError(
+                    f"experts.{name}.distill: {', '.join(sorted(shared))} cannot differ between experts;"
+                    f" only {' and '.join(_SHARES)} can"
+                )
             self.for_expert(name)
         return self
 

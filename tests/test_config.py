@@ -22,11 +22,22 @@ def test_an_expert_gets_what_differs_and_the_rest_is_the_presets(tmp_path: Path)
     assert swe.for_expert("swe") == swe
 
 
+def test_experts_have_shares_of_the_distillation(tmp_path: Path) -> None:
+    found = load_preset(str(preset(tmp_path, "{swe: {distill: {prompts: 9, cold_batch: 5}}}")))
+    swe, other = found.for_expert("swe").distill, found.for_expert("terminal").distill
+    assert (swe.prompts, swe.cold_batch, swe.steps) == (9, 5, other.steps)
+    assert other == found.distill
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{swe: {sft: {stepz: 9}}}", "stepz"),
-        ("{swe: {distill: {steps: 9}}}", "'collect', 'sft' or 'rl'"),
+        ("{swe: {evaluate: {tasks: 9}}}", "'collect', 'sft', 'rl' or 'distill'"),
+        (
+            "{swe: {distill: {steps: 9}}}",
+            "swe.distill: steps cannot differ .* cold_batch and prompts",
+        ),
         ("{swe: {sft: {steps: many}}}", "steps"),
     ],
 )

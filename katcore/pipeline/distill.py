@@ -10,6 +10,7 @@ import asyncio
 import statistics
 from collections.abc import Sequence
 
+from katcore.config import DistillSettings
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
@@ -78,8 +79,8 @@ class _Loop:
         while (step := self._trainer.step_number) < settings.cold_steps:
             rows = [
                 pool[at]
-                for pool in pools
-                for at in draw(len(pool), settings.cold_batch, job.seed + 31, step)
+                for expert, pool in zip(self._experts, pools, strict=True)
+                for at in draw(len(pool), self._share(expert).cold_batch, job.seed + 31, step)
             ]
             metrics = self._update(rows)
             job.progress.step(step, settings.cold_steps + settings.steps, metrics)
@@ -98,10 +99,8 @@ class _Loop:
                 self._engine.weights_changed(str(step))
                 made: dict[str, list[Rollout]] = {}
                 for expert in self._experts:
-                    own = tasks[expert.name]
-                    chosen = [
-                        own[at] for at in draw(len(own), settings.prompts, job.seed + 29, step)
-                    ]
+                    own, num = tasks[expert.name], self._share(expert).prompts
+                    chosen = [own[at] for at in draw(len(own), num, job.seed + 29, step)]
                     made[expert.name] = await self._make(rollouts, parts[expert.name], chosen, step)
                     for rollout in made[expert.name]:
                         file.append(rollout)
@@ -112,6 +111,9 @@ class _Loop:
                 if (step + 1) % settings.checkpoint_every == 0:
                     self._trainer.save(job.checkpoint, history=history)
         file.close()
+
+    def _share(self, expert: Expert) -> DistillSettings:
+        return self._job.preset.for_expert(expert.name).distill
 
     async def _make(
         self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int

@@ -131,6 +131,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
     rollout = {"experts": [config for config, _ in rollouts]}
     offers = tuple(dict.fromkeys(offer for _, used in rollouts for offer in used))
     names = [expert.name for expert in experts]
+    own = {name: _dump(preset.for_expert(name), "distill") for name in names}
 
     def of(kind: str) -> list[str]:
         return [f"{name}.{kind}" for name in names]
@@ -144,7 +145,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
         stage(
             "distill",
             [f"{prefix}.sft", *of("rl"), *of("synthesize")],
-            rollout | _dump(preset, "distill"),
+            rollout | _dump(preset, "distill") | {"by_expert": own},
             offers,
         ),
         stage(
