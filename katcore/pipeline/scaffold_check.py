@@ -47,6 +47,8 @@ _AGENTS = {"Agent": "general-purpose", "Task": "general-purpose", "task": "gener
            "agent": "general-purpose"}  # fmt: skip
 _TEXT_TOOL = Tool("bash", "", '{"properties": {"command": {"type": "string"}}}')
 """What a scaffold without tools takes as text."""
+_SUBMIT = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+"""What mini-SWE-agent wants to see echoed; it takes no text for an end."""
 _INNER = "Look around in this folder and report what is there."
 _TITLE = "A greeting"
 _TIMEOUT_S = 240.0
@@ -237,7 +239,9 @@ def _shell(request: EngineRequest, command: str) -> Say:
 
 
 def _work(request: EngineRequest, number: int) -> Say:
-    steps = ("echo hello > hello.txt", "cat hello.txt")
+    steps = ["echo hello > hello.txt", "cat hello.txt"]
+    if any(_SUBMIT in message.content for message in request.messages):
+        steps.append(f"echo {_SUBMIT}")
     return _shell(request, steps[number]) if number < len(steps) else "Done."
 
 

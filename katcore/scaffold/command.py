@@ -7,12 +7,12 @@ stand for what the rollout says; any other `$` is left alone.
 from collections.abc import Callable, Mapping
 from string import Template
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from katcore.config import home
 from katcore.errors import SandboxTimeoutError, ScaffoldError
 from katcore.protocols import Sandbox
-from katcore.scaffold.install import install_npm
+from katcore.scaffold.install import install_npm, install_pypi
 from katcore.schema.rollout import ExecResult, Installation, ModelEndpoint
 
 HOME = "/tmp/home"
@@ -24,8 +24,9 @@ _SHOWN = 300
 class CommandConfig(BaseModel):
     """Options of the command scaffold.
 
-    `npm` are packages with their exact versions; the first is the agent. `files` are written before the
-    start; their paths begin with / or ~ (a home that is no part of the task).
+    `npm` or `pypi` are packages with their exact versions; the first is the agent. Those of npm are in the
+    PATH; those of PyPI are run by `python3 /opt/scaffold/run.py MODULE`, with the image's Python 3.11.
+    `files` are written before the start; their paths begin with / or ~ (a home that is no part of the task).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,12 +35,19 @@ class CommandConfig(BaseModel):
     env: Mapping[str, str] = {}
     files: Mapping[str, str] = {}
     npm: Mapping[str, str] = {}
+    pypi: Mapping[str, str] = {}
     timeout_s: float = Field(default=3600.0, gt=0)
     context: int = 131072
     output: int = 8192
     memory_mib: int = 3072
     max_processes: int = 512
     disk_mib: int = 2048
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CommandConfig":
+        if self.npm and self.pypi:
+            raise ValueError("an agent comes from npm or from pypi, not from both")
+        return self
 
 
 class CommandScaffold:
@@ -53,9 +61,10 @@ class CommandScaffold:
         """See `RunsInside.install`."""
         config = self._config
         tools, version = None, ""
-        if config.npm:
-            tools = await install_npm(home() / "scaffolds", self._name, config.npm, report)
-            version = next(iter(config.npm.values()))
+        for packages, install in ((config.npm, install_npm), (config.pypi, install_pypi)):
+            if packages:
+                tools = await install(home() / "scaffolds", self._name, packages, report)
+                version = next(iter(packages.values()))
         return Installation(
             version, tools, config.memory_mib, config.max_processes, config.disk_mib
         )

@@ -10,7 +10,7 @@ from katcore.protocols import Scaffold
 
 @hookimpl
 def katcore_scaffolds() -> Iterable[Offer[Any, Scaffold]]:
-    """Our own small loop, five coding agents, and any other command."""
+    """Our own small loop, released coding agents, and any other command."""
     from kat_scaffolds.recipe import RECIPES, AgentConfig, recipe
     from katcore.scaffold.command import CommandConfig, CommandScaffold
     from katcore.scaffold.mini import MiniConfig, MiniScaffold

@@ -178,20 +178,83 @@ _OPENCLAW = CommandConfig(
     },
 )  # fmt: skip
 
+_CODEX = CommandConfig(
+    npm={"@openai/codex": "0.169.0"},
+    command=(
+        "codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "--skip-git-repo-check", "--json",
+        "${prompt}",
+    ),
+    files={
+        "~/.codex/config.toml": """\
+model = "${model}"
+model_provider = "katcore"
+model_context_window = ${context}
+check_for_update_on_startup = false
+[analytics]
+enabled = false
+[model_providers.katcore]
+name = "katcore"
+base_url = "${base_url}/v1"
+wire_api = "responses"
+env_key = "KATCORE_KEY"
+"""
+    },
+    env={"KATCORE_KEY": "${api_key}"},
+)  # fmt: skip
+
+_QWEN_CODE = CommandConfig(
+    npm={"@qwen-code/qwen-code": "0.24.4", "node": "24.21.0"},
+    command=("qwen", "--yolo", "--auth-type", "openai", "--output-format", "json", "-p", "${prompt}"),
+    files={
+        "~/.qwen/settings.json": _json(
+            {"general": {"disableAutoUpdate": True}, "privacy": {"usageStatisticsEnabled": False}}
+        )
+    },
+    env={
+        "OPENAI_API_KEY": "${api_key}",
+        "OPENAI_BASE_URL": "${base_url}/v1",
+        "OPENAI_MODEL": "${model}",
+        "QWEN_CODE_MAX_OUTPUT_TOKENS": "${output}",
+        "QWEN_TELEMETRY_ENABLED": "0",
+    },
+)  # fmt: skip
+
+_MINI_SWE_AGENT = CommandConfig(
+    # Without mcp, its client for models repeats an import error for ever.
+    pypi={"mini-swe-agent": "2.4.6", "mcp": "1.22.0"},
+    command=(
+        "python3", "/opt/scaffold/run.py", "minisweagent.run.mini", "-y", "--exit-immediately",
+        "-m", "openai/${model}", "-c", "mini.yaml", "-o", "/tmp/home/trajectory.json", "-t", "${prompt}",
+    ),
+    env={
+        "OPENAI_API_KEY": "${api_key}",
+        "OPENAI_API_BASE": "${base_url}/v1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "MSWEA_CONFIGURED": "true",
+        "MSWEA_COST_TRACKING": "ignore_errors",
+        "MSWEA_GLOBAL_CONFIG_DIR": "/tmp/home/mini",
+        "MSWEA_SILENT_STARTUP": "1",
+    },
+)  # fmt: skip
+
 RECIPES: dict[str, tuple[CommandConfig, str]] = {
     "claude-code": (_CLAUDE_CODE, "Anthropic's agent, over Anthropic Messages"),
     "opencode": (_OPENCODE, "OpenCode, over Chat Completions"),
     "kilo-code": (_KILO_CODE, "Kilo Code, over Chat Completions"),
     "cline": (_CLINE, "Cline, over Chat Completions"),
     "openclaw": (_OPENCLAW, "OpenClaw, over Responses"),
+    "codex": (_CODEX, "OpenAI's Codex CLI, over Responses"),
+    "qwen-code": (_QWEN_CODE, "Qwen Code, over Chat Completions"),
+    "mini-swe-agent": (_MINI_SWE_AGENT, "mini-SWE-agent, over Chat Completions"),
 }
 
 
 def recipe(name: str, config: AgentConfig) -> CommandConfig:
     """The agent's command, with the options of a run."""
     known = RECIPES[name][0]
-    npm = dict(known.npm)
+    options: dict[str, Any] = config.model_dump(exclude={"version"})
     if config.version:
-        npm[next(iter(npm))] = config.version
-    options = {"timeout_s": config.timeout_s, "context": config.context, "output": config.output}
-    return known.model_copy(update={"npm": npm, **options})
+        source = "npm" if known.npm else "pypi"
+        packages = getattr(known, source)
+        options[source] = {**packages, next(iter(packages)): config.version}
+    return known.model_copy(update=options)

@@ -91,19 +91,28 @@ async def test_without_packages_there_is_nothing_to_install() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_agent_is_pinned_and_told_where_the_model_is(name: str) -> None:
     config = recipe(name, AgentConfig(context=4096, output=512))
-    (package, version), *_ = config.npm.items()
+    source = "npm" if config.npm else "pypi"
+    (package, version), *others = getattr(config, source).items()
     assert version[0].isdigit()
     everything = " ".join([*config.env.values(), *config.files.values()])
     assert "${base_url}" in everything
     assert "${api_key}" in everything
     assert any("${prompt}" in part for part in config.command)
     other = recipe(name, AgentConfig(version="1.2.3"))
-    assert other.npm[package] == "1.2.3"
+    assert dict(getattr(other, source)) == {package: "1.2.3", **dict(others)}
     made = Plugins.installed().make("scaffold", name, {"timeout_s": 5})
     assert isinstance(made, RunsInside)
 
 
-@pytest.mark.parametrize("options", [{}, {"command": []}, {"command": ["a"], "timeout_s": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"command": []},
+        {"command": ["a"], "timeout_s": 0},
+        {"command": ["a"], "npm": {"a": "1"}, "pypi": {"a": "1"}},
+    ],
+)
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CommandConfig.model_validate(options)

@@ -1,14 +1,17 @@
-"""Installing packages of npm: once, whole or not at all, and exactly the version asked for."""
+"""Installing packages: once, whole or not at all, and exactly the version asked for."""
 
 import asyncio
 import os
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from katcore.errors import ScaffoldError
-from katcore.scaffold.install import install_npm
+from katcore.scaffold.install import install_npm, install_pypi
 
 # Stands in for npm: notes its arguments, and installs what NPM_GIVES says, or what it was asked for.
 _NPM = """#!/bin/bash
@@ -103,3 +106,46 @@ async def test_without_npm_it_says_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ScaffoldError, match=r"install Node\.js"):
         await install_npm(tmp_path / "s", "agent", {"agent": "2.0.0"}, lambda _: None)
+
+
+async def test_what_a_module_of_pypi_starts_sees_none_of_its_packages(tmp_path: Path) -> None:
+    """With the real installer: a wheel made here, and no index."""
+    wheel(tmp_path / "wheels")
+    packages = {"katcore-sample-agent": "1.2.3"}
+    flags = {"UV_NO_INDEX": "1", "UV_FIND_LINKS": str(tmp_path / "wheels")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in flags.items():
+            patch.setenv(name, value)
+        folder = await install_pypi(tmp_path / "s", "agent", packages, lambda _: None)
+        with pytest.raises(ScaffoldError, match=r"could not install katcore-sample-agent==9\.9\.9"):
+            await install_pypi(
+                tmp_path / "s", "agent", {"katcore-sample-agent": "9.9.9"}, lambda _: None
+            )
+    assert folders(tmp_path / "s") == [folder.name]
+    assert output(sys.executable, folder / "run.py", "sample_agent", "--go") == "--go 1\n"
+
+
+def output(*command: object) -> str:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def wheel(folder: Path) -> None:
+    """An agent that prints its arguments, and how a child of it fails to import it."""
+    code = (
+        "import subprocess, sys\nchild = [sys.executable, '-c', 'import sample_agent']\n"
+        "print(*sys.argv[1:], subprocess.run(child, stderr=subprocess.DEVNULL).returncode)\n"
+    )
+    info = "katcore_sample_agent-1.2.3.dist-info"
+    files = {
+        "sample_agent/__init__.py": "",
+        "sample_agent/__main__.py": code,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: katcore-sample-agent\nVersion: 1.2.3\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "katcore_sample_agent-1.2.3-py3-none-any.whl", "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
