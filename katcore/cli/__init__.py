@@ -96,6 +96,8 @@ def collect(
 
 app.add_typer(capture.scaffolds, name="scaffolds")
 app.command()(capture.proxy)
+app.command("format")(capture.formatted)
+app.command("import")(capture.imported)
 
 
 @app.command()

@@ -4,9 +4,10 @@ import asyncio
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -176,3 +177,48 @@ def proxy(
 
     with errors_said():
         asyncio.run(proxy_alone.serve(config, port, log, say))
+
+
+def formatted(
+    name: Annotated[str, typer.Argument(help="A formatter, as `kat plugins` lists them.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Files of rollouts, or folders with a rollouts.jsonl.")
+    ],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE, the value as YAML.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="By default NAME.jsonl beside the first; - prints.")
+    ] = None,
+) -> None:
+    """Put rollouts into another form: chat messages, token rows, ATIF, ..."""
+    from katcore.pipeline.recorded import format_rollouts
+
+    with errors_said():
+        options = dict(_option(text) for text in option or ())
+        target, num = format_rollouts(paths, name, options, out_file, Plugins.installed())
+        say(f"{num} rows in {target}")
+
+
+def imported(
+    kind: Annotated[str, typer.Argument(help="atif, claude-code, opencode or verifiers.")],
+    paths: Annotated[list[Path], typer.Argument(help="The files.")],
+    out_file: Annotated[Path, typer.Option("--out", help="The file of rollouts to write.")] = Path(
+        "rollouts.jsonl"
+    ),
+) -> None:
+    """Make rollouts of sessions that others recorded."""
+    from katcore.pipeline.recorded import import_sessions
+
+    with errors_said():
+        say(f"{import_sessions(kind, paths, out_file)} rollouts in {out_file}")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"option {text!r}: write it as NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"option {text!r}: its value is not YAML: {error}") from error

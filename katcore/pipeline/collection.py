@@ -11,18 +11,18 @@ The same command goes on where it was stopped: what was scored is not done again
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import ConfigDict, Field, model_validator
 
 from katcore.config import Settings, home, load_yaml
 from katcore.errors import ConfigError
+from katcore.pipeline.recorded import write_rows
 from katcore.pipeline.rollouts import RolloutFile
 from katcore.plugin import Plugins
 from katcore.protocols import Engine, RunsInside, SupportsClose, SupportsTokens
@@ -31,7 +31,7 @@ from katcore.proxy.session import Budget
 from katcore.rollout.collect import Limits, collect
 from katcore.rollout.single import Attempt, Parts
 from katcore.schema.call import Sampling
-from katcore.schema.codec import read_lines, to_json
+from katcore.schema.codec import read_lines
 from katcore.schema.event import RolloutFinished
 from katcore.schema.rollout import Outcome, Rollout
 from katcore.schema.task import Task
@@ -215,15 +215,6 @@ def rollouts_of(folder: Path) -> Iterator[Rollout]:
     last = {(item.task_id, item.attempt): item.id for item in read_lines(Rollout, path)}
     chosen = set(last.values())
     return (rollout for rollout in read_lines(Rollout, path) if rollout.id in chosen)
-
-
-def write_rows(target: Path, rows: Iterable[Any]) -> None:
-    """Write records or plain rows, one line each; the file appears when it is whole."""
-    partial = target.with_suffix(".partial")
-    with partial.open("wb") as file:
-        for row in rows:
-            file.write((to_json(row) if is_dataclass(row) else orjson.dumps(row)) + b"\n")
-    partial.rename(target)
 
 
 def _tasks(config: CollectionConfig, plugins: Plugins) -> list[Task]:

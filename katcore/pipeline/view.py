@@ -5,24 +5,22 @@ Everything in a rollout is untrusted text: the task's, the sandbox's and the mod
 
 import hashlib
 import re
-from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from katcore.errors import ConfigError, StageError
+from katcore.errors import ConfigError
 from katcore.pipeline import mask, outline, speech
 from katcore.pipeline.browse import mark
 from katcore.pipeline.chart import escape
 from katcore.pipeline.document import document, table, write
-from katcore.schema.codec import from_json
+from katcore.pipeline.recorded import ROLLOUTS, read_rollouts, rollout_file
 from katcore.schema.rollout import Outcome, Rollout
 
-ROLLOUTS, TOKENS, INDEX = "rollouts.jsonl", "tokens.json", "index.html"
-_STYLES = ("page.css", "view.css")
+TOKENS, INDEX = "tokens.json", "index.html"
 _SHOWN_CHARS = 300
-_SHOWN_FILES = 5
+_STYLES = ("page.css", "view.css")
 _TEXTS = TypeAdapter(dict[int, str])
 _FAULTS = {
     Outcome.SCORED: "the verifier gave a verdict",
@@ -45,13 +43,13 @@ def write_views(source: Path, out: Path | None = None) -> Path:
         ConfigError: there is no such file, it holds no rollout, or the pages cannot be written.
         StageError: a line of it is no rollout.
     """
-    path = _file(source)
+    path = rollout_file(source)
     try:
         texts = _texts(path.with_name(TOKENS))
         folder = out or _beside(path)
         rows: list[list[str]] = []
         taken = {Path(INDEX).stem}
-        for rollout in _read(path):
+        for rollout in read_rollouts(path):
             folder.mkdir(parents=True, exist_ok=True)
             name = page_name(rollout.id, taken)
             write(folder / name, render(rollout, texts))
@@ -203,27 +201,6 @@ def _seconds(rollout: Rollout) -> float:
     return sum(rollout.seconds.values())
 
 
-def _file(source: Path) -> Path:
-    """The file of rollouts that `source` is or has."""
-    if source.is_file():
-        return source
-    if not source.exists():
-        raise ConfigError(
-            f"{source}: no such file or folder; give a {ROLLOUTS}, or a folder with one,"
-            " such as .kat/stages/terminal.collect/*"
-        )
-    if (source / ROLLOUTS).is_file():
-        return source / ROLLOUTS
-    found = [
-        *source.glob("*.jsonl"),
-        *source.glob(f"*/{ROLLOUTS}"),
-        *source.glob(f"*/*/{ROLLOUTS}"),
-    ]
-    names = ", ".join(str(path.relative_to(source)) for path in sorted(found)[:_SHOWN_FILES])
-    said = f"it has {names}; give one of these" if names else "give a folder that a stage wrote"
-    raise ConfigError(f"{source}: no {ROLLOUTS} in this folder; {said}")
-
-
 def _beside(path: Path) -> Path:
     folder = path.resolve().parent
     stages = next((parent for parent in folder.parents if parent.name == "stages"), None)
@@ -241,18 +218,3 @@ def _texts(path: Path) -> dict[int, str]:
             f"{path}: expected a JSON object with the text of each token id, found something else;"
             " without this file ids are shown"
         ) from error
-
-
-def _read(path: Path) -> Iterator[Rollout]:
-    """The rollouts of a file, but for a last line that is still being written."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield from_json(Rollout, line)
-            except StageError as error:
-                if not line.endswith(b"\n"):
-                    return
-                said = " ".join(str(error).split())[:_SHOWN_CHARS]
-                raise StageError(
-                    f"{path}, line {number}: {said}; give a file of rollouts, one JSON line each"
-                ) from error

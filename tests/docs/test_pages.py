@@ -13,6 +13,7 @@ import typer
 
 from katcore.cli import app
 from katcore.dataset.harbor import HarborConfig, HarborDataset, demonstrations
+from katcore.pipeline.collection import load_collection
 from katcore.plugin import Plugins
 from katcore.plugin.plugins import GROUP
 
@@ -44,6 +45,19 @@ def test_verbs_and_targets_exist(page: Path) -> None:
         assert verb in VERBS, f"kat {verb}"
     for target in re.findall(r"^make ([a-z]+)\b", code, re.MULTILINE):
         assert target in TARGETS, f"make {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/collect.md"])
+def test_collections_fit_what_is_offered(page: str, tmp_path: Path) -> None:
+    first = next(block for block in blocks(page, "yaml") if block.startswith("tasks:"))
+    assert len(first.splitlines()) <= 15
+    (tmp_path / "first.yaml").write_text(first)
+    config = load_collection(tmp_path / "first.yaml")
+    for kind in ("scaffold", "engine", "sandbox", "verifier"):
+        choice = getattr(config, kind)
+        offer = Plugins.installed().find(kind, choice.name).offer
+        assert offer is not None
+        offer.config.model_validate(choice.options)
 
 
 def test_each_decision_says_what_violates_it() -> None:

@@ -14,7 +14,13 @@ from katcore.errors import StageError
 from katcore.schema.rollout import Rollout, Trajectory
 from katcore.trajectory.atif import AtifConfig, AtifFormatter
 from katcore.trajectory.chat import ChatConfig, ChatFormatter
-from katcore.trajectory.importer import read_atif, read_claude_code, read_opencode
+from katcore.trajectory.importer import (
+    IMPORTERS,
+    read_atif,
+    read_claude_code,
+    read_opencode,
+    read_verifiers,
+)
 from tests.trajectory.made import Recorder, rollout, sessions
 
 
@@ -425,20 +431,113 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path, read: Callable[[Path],
         read(tmp_path / "none.jsonl")
 
 
-WHOLE: dict[Callable[[Path], Rollout], list[dict[str, Any]]] = {
-    read_atif: [
+# verifiers
+
+
+def trace(*nodes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "id": "t1",
+        "task": {"type": "Sums", "data": {}, "key": "sums/3"},
+        "agent": {"name": "solver"},
+        "tools": [{"name": "bash", "description": "runs", "parameters": {"type": "object"}}],
+        "nodes": list(nodes),
+        "calls": [{"node": 2, "model": "a-model", "time": {"start": 7.0, "end": 8.0}}],
+        "rewards": {"right": {"score": 1.0, "weight": 0.5}, "short": {"score": 0.5}},
+        "metrics": {"turns": 2, "unknown": None},
+    } | more
+
+
+def node(parent: int | None, role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    is_answer = role == "assistant"
+    said = {"role": role, "content": content} | more
+    return {"parent": parent, "sampled": is_answer, "message": said, "token_ids": [1]}
+
+
+ASKED = {"tool_calls": [{"id": "c1", "name": "bash", "arguments": "{}"}], "reasoning_content": "hm"}
+TRACE = trace(
+    node(None, "system", "be brief"),
+    node(0, "user", "2 + 2"),
+    node(1, "assistant", None, **ASKED),
+    node(None, "user", "look around"),
+    node(3, "assistant", "a folder"),
+    node(2, "tool", "4", tool_call_id="c1"),
+    node(5, "assistant", "4"),
+    node(2, "tool", "5", tool_call_id="c1"),
+    node(7, "assistant", "5"),
+)
+
+
+def test_a_trace_of_verifiers_is_a_tree_of_turns(tmp_path: Path) -> None:
+    made, other = read_verifiers(written(tmp_path, [TRACE, TRACE | {"id": "t2"}], "traces.jsonl"))
+    assert (made.id, other.id, made.task_id, made.scaffold) == ("t1", "t2", "sums/3", "solver")
+    turns = made.trajectory.turns
+    assert [turn.parent for turn in turns] == [-1, -1, 0, 0]
+    assert [turn.role for turn in turns] == ["main", "subagent", "main", "main"]
+    first = [("system", "be brief"), ("user", "2 + 2")]
+    assert told(made.trajectory, 0) == first
+    assert told(made.trajectory, 3) == [*first, ("assistant", ""), ("tool", "5")]
+    assert (turns[0].reasoning, turns[0].tool_calls[0].name) == ("hm", "bash")
+    assert (turns[0].policy_version, turns[0].started_s) == ("a-model", 7.0)
+    assert [tool.name for tool in turns[0].tools or ()] == ["bash"]
+    assert made.reward == 1.0
+    assert made.verdict.metrics == {"turns": 2.0}
+    rows = list(ChatFormatter(ChatConfig()).samples([made]))
+    assert [row["messages"][-1]["content"] for row in rows] == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("more", "reward", "said"),
+    [
+        ({"rewards": {"right": None}}, None, "without a verdict"),
+        ({"rewards": {}}, None, "without a verdict"),
+        ({"rewards": {"right": {"score": 3.0}}}, None, "3 is not between 0 and 1"),
+        ({"errors": [{"type": "E", "message": "early"}], "ok": True}, 1.0, "imported"),
+    ],
+)
+def test_a_trace_has_a_reward_only_if_it_was_judged(
+    tmp_path: Path, more: dict[str, Any], reward: float | None, said: str
+) -> None:
+    (made,) = read_verifiers(written(tmp_path, TRACE | more))
+    assert made.reward == reward
+    assert said in made.verdict.reason
+
+
+def test_a_trace_that_failed_is_no_reward_of_zero(tmp_path: Path) -> None:
+    errors = [{"type": "SandboxError", "message": "gone"}]
+    (made,) = read_verifiers(written(tmp_path, TRACE | {"errors": errors, "ok": False}))
+    assert (made.outcome, made.reward) == ("scaffold-failed", None)
+    assert made.error == "SandboxError: gone"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"version": 2}, "line 1: expected a trace of version 1, found 2"),
+        (trace(node(4, "user", "x")), "node 0: its parent is 4"),
+        (trace(node(None, "judge", "x"), node(0, "assistant", "y")), "node 0: role is 'judge'"),
+    ],
+)
+def test_what_is_no_trace_is_named(tmp_path: Path, value: dict[str, Any], said: str) -> None:
+    with pytest.raises(StageError, match=said):
+        list(read_verifiers(written(tmp_path, value)))
+
+
+WHOLE: dict[str, list[dict[str, Any]]] = {
+    "verifiers": [TRACE],
+    "atif": [
         atif(
             step(1, "user", "x"),
             step(2, "agent", "", extra={"katcore": {"role": "main"}}, **CALLED),
         )
     ],
-    read_opencode: [
+    "opencode": [
         export(
             message("user", text("x")),
             message("assistant", START, text("y"), tool("c", status="completed", output="z")),
         )
     ],
-    read_claude_code: [
+    "claude-code": [
         {"type": "user", "uuid": "1", "message": {"content": [{"type": "text", "text": "x"}]}},
         {
             "type": "assistant",
@@ -472,12 +571,10 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-@pytest.mark.parametrize("read", WHOLE)
+@pytest.mark.parametrize("kind", IMPORTERS)
 @given(data=st.data())
-def test_whatever_stands_in_a_file_is_read_or_refused(
-    read: Callable[[Path], Rollout], data: st.DataObject
-) -> None:
-    value = json.loads(json.dumps(WHOLE[read]))
+def test_whatever_stands_in_a_file_is_read_or_refused(kind: str, data: st.DataObject) -> None:
+    value = json.loads(json.dumps(WHOLE[kind]))
     container, key = data.draw(st.sampled_from(places(value)))
     container[key] = data.draw(
         st.sampled_from([None, 1, "", "x", [], {}, [1], [{}], {"type": "x"}])
@@ -486,7 +583,7 @@ def test_whatever_stands_in_a_file_is_read_or_refused(
         path = written(Path(folder), value)
         refusal = ""
         try:
-            read(path)
+            list(IMPORTERS[kind](path))
         except StageError as error:
             refusal = str(error)
         assert not refusal or str(path) in refusal
