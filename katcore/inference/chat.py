@@ -85,6 +85,9 @@ class ChatTokenizer:
         call = message.tool_calls[0]
         if not whole.startswith(before) or call.name not in whole[len(before) :]:
             raise EngineError("the chat template does not render tool calls")
+        if not self._ends_after(whole, len(before)):
+            # Some families end an answer with the token that begins what comes next.
+            return (*self._ids(whole[len(before) :]), self.end_id)
         return self._ids(whole[len(before) : self._answer_end(whole, len(before))])
 
     def read(
@@ -103,6 +106,10 @@ class ChatTokenizer:
         except (ValueError, KeyError, TypeError, AttributeError):
             return self.decode(ids), "", ()
         content, reasoning = parsed.get("content") or "", parsed.get("reasoning_content") or ""
+        for end in self._ends:
+            content = content.removesuffix(end)
+        if not (content or reasoning or calls):
+            return self.decode(ids), "", ()
         return content.rstrip() if calls else content, reasoning.strip(), calls
 
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
@@ -135,12 +142,15 @@ class ChatTokenizer:
 
     def _answer_end(self, text: str, start: int) -> int:
         """Where the answer that begins at `start` or before is over."""
-        ends = [
-            text.find(end, start) + len(end) for end in self._ends if text.find(end, start) >= 0
-        ]
+        ends = self._ends_after(text, start)
         if not ends:
             raise EngineError("the chat template ends no answer; no conversation can go on")
         return min(ends)
+
+    def _ends_after(self, text: str, start: int) -> list[int]:
+        return [
+            text.find(end, start) + len(end) for end in self._ends if text.find(end, start) >= 0
+        ]
 
     def _entry(self, message: Message, names: Mapping[str, str]) -> dict[str, Any]:
         if message.images:

@@ -21,6 +21,10 @@ FAMILIES = {
     "qwen3.6": (trl.qwen3_6_chat_template, "<|im_end|>"),
     "llama3.1": (trl.llama3_1_chat_template, "<|eot_id|>"),
     "qwen3.5": (trl.qwen3_5_nothink_chat_template, "<|im_end|>"),
+    "qwen3.5-think": (trl.qwen3_5_think_chat_template, "<|im_end|>"),
+    "qwen3.8": (trl.qwen3_8_chat_template, "<|im_end|>"),
+    "glm4-moe": (trl.glm4moe_chat_template, "<|observation|>"),
+    "gpt-oss": (trl.gptoss_chat_template, "<|call|>"),
 }
 SCHEMA = (
     '{"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "integer"}},'
