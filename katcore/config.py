@@ -76,6 +76,11 @@ class RlSettings(Settings):
 
     `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
+    `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
+    by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
+    `kl` holds the policy to the model it started as; `entropy` is a bonus. `old` says whose log-probabilities
+    the ratio starts from: the sampler's, or the trainer's own; then `correction` leaves out tokens on which
+    they differ by a factor outside `correction_range` (IcePop), or weighs by it, at most the upper bound.
     """
 
     steps: int = 24
@@ -89,8 +94,21 @@ class RlSettings(Settings):
     minibatches: int = 2
     clip_low: float = 0.2
     clip_high: float = 0.28
+    level: Literal["token", "turn", "turn-geometric", "sequence"] = "token"
+    mean: Literal["rollout", "unit"] = "rollout"
+    kl: float = Field(default=0.0, ge=0)
+    entropy: float = Field(default=0.0, ge=0)
+    old: Literal["sampler", "trainer"] = "sampler"
+    correction: Literal["none", "icepop", "truncate"] = "none"
+    correction_range: tuple[float, float] = (0.5, 5.0)
     temperature: float = 1.0
     checkpoint_every: int = 10
+
+    @model_validator(mode="after")
+    def _check_correction(self) -> "RlSettings":
+        if self.correction != "none" and self.old == "sampler":
+            raise ValueError("a correction compares the sampler with the trainer: set old: trainer")
+        return self
 
 
 class DistillSettings(Settings):

@@ -5,9 +5,11 @@ updates each; log-probabilities of the behaviour policy are the sampler's.
 """
 
 import asyncio
+import copy
 import statistics
 from collections.abc import Sequence
 
+from katcore.config import RlSettings
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
@@ -25,8 +27,9 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.objective import PolicyGradient, equal_weight, group_advantages
+from katcore.train.advantage import group_advantages
 from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
 from katcore.train.trainer import Schedule, Trainer
 
 
@@ -60,6 +63,20 @@ class _Loop:
         self._settings = job.preset.rl
         self._expert: Expert = job.plugins.experts()[job.spec.expert]
         self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
+        settings = self._settings
+        self._shape = Clipped(
+            settings.level,
+            settings.mean,
+            settings.clip_low,
+            settings.clip_high,
+            settings.temperature,
+            kl=settings.kl,
+            entropy=settings.entropy,
+            correction=_correction(settings),
+        )
+        self._reference = None
+        if settings.kl:
+            self._reference = Reference(copy.deepcopy(trainer.model), settings.temperature)
 
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
@@ -102,12 +119,10 @@ class _Loop:
         samples = samples_of(self._job, self._expert, rollouts)
         advantages = group_advantages(samples, discount=settings.discount)
         useful = [sample for sample in samples if sample.rollout_id in advantages]
-        objective = PolicyGradient(
-            equal_weight(advantages, useful),
-            settings.clip_low,
-            settings.clip_high,
-            settings.temperature,
-        )
+        old = None
+        if settings.old == "trainer":
+            old = self._trainer.logprobs(useful, settings.temperature)
+        objective = PolicyGradient(advantages, self._shape, old=old, reference=self._reference)
         metrics: dict[str, float] = {}
         for number in range(settings.epochs * settings.minibatches):
             part = useful[number % settings.minibatches :: settings.minibatches]
@@ -115,8 +130,18 @@ class _Loop:
                 metrics = self._trainer.update(part, objective)
         scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         turns = [len(rollout.trajectory.turns) for rollout in rollouts]
-        return metrics | {
-            "reward": statistics.fmean(scored) if scored else 0.0,
-            "num_useful": float(len(useful)),
-            "turns": statistics.fmean(turns),
-        }
+        return (
+            metrics
+            | objective.rates()
+            | {
+                "reward": statistics.fmean(scored) if scored else 0.0,
+                "num_useful": float(len(useful)),
+                "turns": statistics.fmean(turns),
+            }
+        )
+
+
+def _correction(settings: RlSettings) -> Correction | None:
+    if settings.correction == "none":
+        return None
+    return Correction(settings.correction, *settings.correction_range)

@@ -8,11 +8,15 @@ time. Proven equal to the unrolled branches in tests/train/test_tree.py.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+
+Weighting = Literal["path", "once"]
+"""How much a token counts that several branches share: once for each (the mean over paths), or once."""
 
 _WORTHWHILE = 768
 """Tokens from which on a smaller batch costs less than padding."""
@@ -25,8 +29,8 @@ class TreeBatch:
     ids_BT, positions_BT: token ids and depths, 0 where padded. mask_BTT: what each token sees.
     at_N: the flat position whose logits predict a trained token (its parent). targets_N: its id.
     rows_N: its tree; turns_N: its turn there (`turns`). old_N: the behaviour policy's log-probability.
-    weights_N: g_t / K, the share of the tree's K branches that run through it. Both are float64, so sums over
-    tokens are.
+    weights_N: g_t / K, the share of the tree's K branches that run through it; or 1, if each counts once.
+    The last two are float64, so sums over tokens are.
     """
 
     ids_BT: Tensor
@@ -38,6 +42,7 @@ class TreeBatch:
     turns_N: Tensor
     old_N: Tensor
     weights_N: Tensor
+    weighting: Weighting = "path"
 
     @property
     def num_trained(self) -> int:
@@ -45,7 +50,7 @@ class TreeBatch:
         return len(self.targets_N)
 
 
-def collate(samples: Sequence[Sample]) -> TreeBatch:
+def collate(samples: Sequence[Sample], weighting: Weighting = "path") -> TreeBatch:
     """Pad samples into a batch.
 
     Raises:
@@ -70,8 +75,8 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
         mask_TT = ancestors(sample.parents)
         mask_BTT[row, :num, :num] = mask_TT
         positions_BT[row, :num] = mask_TT.sum(1) - 1
-        leaves = num_leaves(sample)
         turn_numbers += turns(sample)
+        weights += token_weights(sample, weighting)
         for token, is_trained in enumerate(sample.trained):
             if is_trained:
                 if sample.parents[token] < 0:
@@ -82,7 +87,6 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
                 targets.append(sample.tokens[token])
                 rows.append(row)
                 old.append(sample.logprobs[token])
-                weights.append(sample.branches[token] / leaves)
     return TreeBatch(
         ids_BT,
         positions_BT,
@@ -93,6 +97,7 @@ def collate(samples: Sequence[Sample]) -> TreeBatch:
         torch.tensor(turn_numbers),
         torch.tensor(old, dtype=torch.float64),
         torch.tensor(weights, dtype=torch.float64),
+        weighting,
     )
 
 
@@ -123,6 +128,16 @@ def turns(sample: Sample) -> list[int]:
     return numbers
 
 
+def token_weights(sample: Sample, weighting: Weighting = "path") -> list[float]:
+    """What each trained token counts."""
+    leaves = num_leaves(sample)
+    return [
+        branches / leaves if weighting == "path" else 1.0
+        for branches, is_trained in zip(sample.branches, sample.trained, strict=True)
+        if is_trained
+    ]
+
+
 def num_leaves(sample: Sample) -> int:
     """K: how many branches the tree has (a forest has those of all its trees)."""
     roots = [at for at, parent in enumerate(sample.parents) if parent < 0]
@@ -130,7 +145,7 @@ def num_leaves(sample: Sample) -> int:
 
 
 def micro_batches(
-    samples: Sequence[Sample], *, max_tokens: int, by: Callable[[Sample], str]
+    samples: Sequence[Sample], *, max_tokens: int, by: Callable[[Sample], str] = lambda _: ""
 ) -> Iterator[list[Sample]]:
     """Groups of samples of like length and equal `by`, at most `max_tokens` padded tokens in each.
 

@@ -11,8 +11,8 @@ import torch
 
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.batch import TreeBatch, collate, micro_batches
-from katcore.train.objective import Metrics, Objective, sample_weight
+from katcore.train.batch import TreeBatch, Weighting, collate, micro_batches
+from katcore.train.objective import Metrics, Objective, token_logprobs
 from katcore.train.policy import logits_at
 
 
@@ -37,11 +37,19 @@ class Schedule:
 class Trainer:
     """AdamW (0.9, 0.95), gradient norm clipped at 1."""
 
-    def __init__(self, model: Any, schedule: Schedule, *, max_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Any,
+        schedule: Schedule,
+        *,
+        max_tokens: int = 8192,
+        weighting: Weighting = "path",
+    ) -> None:
         self.model = model
         self.step_number = 0
         self._schedule = schedule
         self._max_tokens = max_tokens
+        self._weighting = weighting
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -58,18 +66,21 @@ class Trainer:
         *,
         by: Callable[[Sample], str] = lambda _: "",
     ) -> Metrics:
-        """One optimiser step on the weighted token mean of the objective.
+        """One optimiser step on the objective's mean.
 
         Samples that `by` tells apart never share a micro-batch.
         """
-        weight = sum(sample_weight(sample) for sample in samples)
+        weight = objective.weight(samples, self._weighting)
         lr = self._schedule.at(self.step_number)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = 0.0
         self._optimizer.zero_grad(set_to_none=True)
         for rows in micro_batches(samples, max_tokens=self._max_tokens, by=by):
-            part = objective(self.logits(batch := collate(rows)), batch, rows) / weight
+            part = (
+                objective(self.logits(batch := collate(rows, self._weighting)), batch, rows)
+                / weight
+            )
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
@@ -78,6 +89,19 @@ class Trainer:
         self._optimizer.step()
         self.step_number += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr}
+
+    def logprobs(
+        self, samples: Sequence[Sample], temperature: float = 1.0
+    ) -> dict[str, list[float]]:
+        """Log-probabilities of the trained tokens under the weights as they are, by rollout id."""
+        found: dict[str, list[float]] = {sample.rollout_id: [] for sample in samples}
+        with torch.no_grad():
+            for rows in micro_batches(samples, max_tokens=self._max_tokens):
+                batch = collate(rows)
+                logprob_N = token_logprobs(self.logits(batch), batch.targets_N, temperature)
+                for row, value in zip(batch.rows_N.tolist(), logprob_N.tolist(), strict=True):
+                    found[rows[row].rollout_id].append(value)
+        return found
 
     def logits(self, batch: TreeBatch) -> torch.Tensor:
         """Logits of the batch's trained tokens, (N, V)."""

@@ -1,0 +1,208 @@
+"""The clipped surrogate of reinforcement learning, over tokens, turns or whole branches.
+
+- level `turn`: the ratio of a turn is the product over its tokens, as KAT-Coder-V2 prints it (section 3.3.2);
+  `turn-geometric` takes its root, so that a long turn is not clipped for its length alone;
+- level `token`: PPO's ratio per token (GRPO, arXiv 2402.03300), with a wider upper range (DAPO, 2503.14476);
+- level `sequence`: one ratio per branch, the geometric mean over its tokens (GSPO, arXiv 2507.18071).
+
+Departs from the report in what it leaves open: the advantage is normalised in the group of a task, and a
+turn of several branches follows the note in `units`. Proven in tests/train/test_surrogate.py: a tree is the
+sum of its branches, written-out loops, TRL's own GRPO and GSPO losses, finite differences.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from katcore.schema.sample import Sample
+from katcore.train.batch import TreeBatch, Weighting
+from katcore.train.objective import Metrics, refuse_unsampled, token_logprobs
+from katcore.train.policy import logits_at
+from katcore.train.units import Level, Mean, Rows, Units, units
+
+PerToken = Mapping[str, Sequence[float]]
+"""By rollout id, one number for each trained token of its tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What is done about a sampler that is not quite the policy it samples for, k = pi_old / pi_sampler.
+
+    `icepop` leaves out tokens whose k is not in [low, high] (also out of the product of their turn); with
+    `truncate` a unit is weighed by its k, at most `high` (truncated importance sampling).
+    """
+
+    kind: Literal["icepop", "truncate"]
+    low: float = 0.5
+    high: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """Shape of the surrogate. `clip_high` is above 1, `clip_low` below; `temperature` is the sampler's.
+
+    Per token, `entropy` weighs a bonus for it, and `kl` a cost, the k3 estimate of KL(policy || reference).
+    """
+
+    level: Level = "token"
+    mean: Mean = "unit"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    correction: Correction | None = None
+
+
+class PolicyGradient:
+    """The surrogate as an objective; counts what it clips until it is asked.
+
+    `advantages` are by rollout id. `old` are the old policy's log-probabilities where they are not the
+    sampler's own (recomputed, or the mean of several prefills). `reference(batch, samples)` gives the
+    reference policy's, (N,).
+    """
+
+    def __init__(
+        self,
+        advantages: Mapping[str, Rows],
+        shape: Clipped = Clipped(),
+        *,
+        old: PerToken | None = None,
+        reference: Callable[[TreeBatch, Sequence[Sample]], Tensor] | None = None,
+    ) -> None:
+        if shape.kl and reference is None:
+            raise ValueError("a KL term needs a reference policy")
+        self._advantages = advantages
+        self._shape = shape
+        self._old = old
+        self._reference = reference
+        self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """-sum over units of plus min(r, 1 + high) + minus max(r, 1 - low), and the terms per token."""
+        refuse_unsampled(samples)
+        shape = self._shape
+        trees = [self._units(sample, batch.weighting) for sample in samples]
+        joined = _Joined(trees, is_mean=shape.level != "turn")
+        logprob_N = token_logprobs(logits_NV, batch.targets_N, shape.temperature)
+        old_N = batch.old_N
+        if self._old is not None:
+            values = [value for sample in samples for value in self._old[sample.rollout_id]]
+            old_N = torch.tensor(values, dtype=batch.old_N.dtype)
+        weight_U, keep_N = self._corrected(old_N - batch.old_N, joined)
+        ratio_U = joined.ratios(logprob_N - old_N, keep_N)
+        gain_U = joined.plus_U * ratio_U.clamp(max=1 + shape.clip_high)
+        gain_U = gain_U + joined.minus_U * ratio_U.clamp(min=1 - shape.clip_low)
+        self._count(joined, ratio_U.detach(), keep_N)
+        loss = -(weight_U * gain_U).sum()
+        if shape.kl or shape.entropy:
+            loss = loss + self._per_token(logits_NV, logprob_N, batch, samples, trees)
+        return loss
+
+    def weight(self, samples: Sequence[Sample], weighting: Weighting) -> float:
+        """See `Objective.weight`."""
+        return sum(self._units(sample, weighting).weight for sample in samples)
+
+    def rates(self) -> Metrics:
+        """The share of units that the clip held back since the last time, and of tokens left out."""
+        found = {
+            "clip_rate": self._num_clipped / max(1, self._num_units),
+            "dropped_rate": self._num_dropped / max(1, self._num_tokens),
+        }
+        self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0
+        return found
+
+    def _units(self, sample: Sample, weighting: Weighting) -> Units:
+        shape, rows = self._shape, self._advantages[sample.rollout_id]
+        return units(sample, rows, level=shape.level, mean=shape.mean, weighting=weighting)
+
+    def _corrected(self, apart_N: Tensor, joined: "_Joined") -> tuple[Tensor, Tensor]:
+        """The weight of each unit, and which tokens stay. `apart_N` is log pi_old / pi_sampler."""
+        one_U, all_N = torch.ones_like(joined.plus_U), torch.ones_like(apart_N, dtype=torch.bool)
+        correction = self._shape.correction
+        if correction is None:
+            return one_U, all_N
+        if correction.kind == "icepop":
+            low, high = math.log(correction.low), math.log(correction.high)
+            return one_U, (apart_N >= low) & (apart_N <= high)
+        return joined.ratios(apart_N, all_N).clamp(max=correction.high), all_N
+
+    def _per_token(
+        self,
+        logits_NV: Tensor,
+        logprob_N: Tensor,
+        batch: TreeBatch,
+        samples: Sequence[Sample],
+        trees: Sequence[Units],
+    ) -> Tensor:
+        """The cost of leaving the reference, less the bonus for entropy; a tree counts as its units do."""
+        sums = torch.zeros(len(samples), dtype=torch.float64)
+        sums = sums.index_add(0, batch.rows_N, batch.weights_N)
+        scale = _float64(tree.weight for tree in trees) / sums.clamp(min=1e-30)
+        cost_N = torch.zeros_like(logprob_N)
+        if self._reference is not None and self._shape.kl:
+            apart_N = self._reference(batch, samples) - logprob_N
+            cost_N = cost_N + self._shape.kl * (apart_N.exp() - apart_N - 1)
+        if self._shape.entropy:
+            scaled_NV = (logits_NV / self._shape.temperature).log_softmax(1)
+            cost_N = cost_N + self._shape.entropy * (scaled_NV.exp() * scaled_NV).sum(1)
+        return (batch.weights_N * scale[batch.rows_N] * cost_N).sum()
+
+    def _count(self, joined: "_Joined", ratio_U: Tensor, keep_N: Tensor) -> None:
+        above = (ratio_U > 1 + self._shape.clip_high) & (joined.plus_U > 0)
+        below = (ratio_U < 1 - self._shape.clip_low) & (joined.minus_U < 0)
+        self._num_clipped += int((above | below).sum())
+        self._num_units += len(ratio_U)
+        self._num_dropped += int((~keep_N).sum())
+        self._num_tokens += len(keep_N)
+
+
+class Reference:
+    """A policy that stays as it is; gives the log-probabilities of a batch's trained tokens, (N,)."""
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        self._model = model
+        self._temperature = temperature
+
+    def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """Its log-probabilities after temperature."""
+        with torch.no_grad():
+            logits_NV = logits_at(
+                self._model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N
+            )
+            return token_logprobs(logits_NV, batch.targets_N, self._temperature)
+
+
+class _Joined:
+    """The units of all trees of a batch: P pairs of a token and a unit, U units."""
+
+    def __init__(self, trees: Sequence[Units], *, is_mean: bool) -> None:
+        tokens: list[int] = []
+        of: list[int] = []
+        num_tokens = num_units = 0
+        for tree in trees:
+            tokens += [num_tokens + token for token in tree.tokens]
+            of += [num_units + unit for unit in tree.of]
+            num_tokens += len(set(tree.tokens))
+            num_units += len(tree.plus)
+        self._token_P, self._unit_P = torch.tensor(tokens), torch.tensor(of)
+        self._is_mean = is_mean
+        self.plus_U = _float64(value for tree in trees for value in tree.plus)
+        self.minus_U = _float64(value for tree in trees for value in tree.minus)
+
+    def ratios(self, apart_N: Tensor, keep_N: Tensor) -> Tensor:
+        """The ratio of each unit: of the sum, or mean, of log-ratios over its tokens that stay, (U,)."""
+        zero_U = torch.zeros_like(self.plus_U)
+        kept_P = keep_N[self._token_P].double()
+        sum_U = zero_U.index_add(0, self._unit_P, apart_N.double()[self._token_P] * kept_P)
+        if self._is_mean:
+            sum_U = sum_U / zero_U.index_add(0, self._unit_P, kept_P).clamp(min=1)
+        return sum_U.exp()
+
+
+def _float64(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
