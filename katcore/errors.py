@@ -29,6 +29,10 @@ class ServiceError(KatError):
     """Airflow or MLflow could not be started, or does not answer."""
 
 
+class BenchError(KatError):
+    """A benchmark cannot be run, or one of its parts died. Slow is no error."""
+
+
 class TaskError(KatError):
     """A task directory is malformed, or asks for something the sandbox cannot build."""
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from katcore.cli import capture
+from katcore.cli.bench import bench
 from katcore.cli.common import err, errors_said, out, say
 from katcore.config import Preset, load_preset, preset_names
 from katcore.plugin import Plugins
@@ -95,6 +96,7 @@ def collect(
 
 
 app.add_typer(capture.scaffolds, name="scaffolds")
+app.add_typer(bench, name="bench")
 app.command()(capture.proxy)
 app.command("format")(capture.formatted)
 app.command("import")(capture.imported)

@@ -42,7 +42,7 @@ class Requests:
                 is_same = known == digests[name]
                 fields.append((name, "same", None) if is_same else (name, "value", value))
         self._seen[call_id] = digests
-        return base64.b85encode(zlib.compress(orjson.dumps(fields), 1)).decode()
+        return base64.b64encode(zlib.compress(orjson.dumps(fields), 1)).decode()
 
 
 def restore(calls: Iterable[ModelCall]) -> dict[str, dict[str, Any]]:
@@ -56,7 +56,7 @@ def restore(calls: Iterable[ModelCall]) -> dict[str, dict[str, Any]]:
         if not call.raw:
             continue
         try:
-            fields = orjson.loads(zlib.decompress(base64.b85decode(call.raw)))
+            fields = orjson.loads(zlib.decompress(base64.b64decode(call.raw, validate=True)))
             before = bodies.get(call.parent, {})
             bodies[call.call_id] = {
                 name: _value(kind, value, before, name) for name, kind, value in fields

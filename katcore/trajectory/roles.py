@@ -43,18 +43,17 @@ class _Session:
         self._index = {call.call_id: number for number, call in enumerate(calls)}
         self._parents = [self._index.get(call.parent, -1) for call in calls]
         self.taken: set[int] = set()
-        conversation = list(range(len(calls)))
+        self._joined = list(range(len(calls)))
         answers: dict[bytes, int] = {}
         for number, call in enumerate(calls):
             taken = list(self._takes_up(number, answers))
             self.taken.update(taken)
             for earlier in (*taken, self._first_asked(number)):
-                old, new = conversation[number], conversation[earlier]
-                conversation = [new if item == old else item for item in conversation]
+                self._joined[self._conversation(number)] = self._conversation(earlier)
             answers[canonical(call.generation.message)] = number
         groups: dict[int, list[int]] = {}
-        for number, name in enumerate(conversation):
-            groups.setdefault(name, []).append(number)
+        for number in range(len(calls)):
+            groups.setdefault(self._conversation(number), []).append(number)
         everything = sorted(groups.values())
         self.with_tools = [item for item in everything if self._has_tools(item[0])] or everything
         self._asked = [self._first_asked(number) for number in range(len(calls))]
@@ -76,6 +75,13 @@ class _Session:
     def is_repeated(self, number: int) -> bool:
         """Whether the same prompt was asked more than once."""
         return self._asked.count(self._asked[number]) > 1
+
+    def _conversation(self, number: int) -> int:
+        """The call by which its conversation is known, so far; the way there is made shorter."""
+        joined = self._joined
+        while joined[number] != number:
+            joined[number] = number = joined[joined[number]]
+        return number
 
     def _takes_up(self, number: int, answers: dict[bytes, int]) -> Iterator[int]:
         call = self._calls[number]

@@ -1,0 +1,1 @@
+"""Benchmarks of the proxy and of trajectories, each beside a baseline in the same run."""

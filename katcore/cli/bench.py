@@ -1,0 +1,240 @@
+"""`kat bench`: figures beside a baseline in the same run. Slow is no failure; a lost answer is."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from katcore.cli.common import err, errors_said, out, say
+from katcore.config import home
+from katcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from katcore.bench.aim import Aim
+    from katcore.bench.proxy import Report as ProxyReport
+    from katcore.bench.trajectories import Report as TrajectoriesReport
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Benchmarks, each beside a baseline in the same run."
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+Streams = Annotated[str, typer.Option(help="Numbers of concurrent streams, joined by commas.")]
+Requests = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Of each route at each number of streams; at least 3 of a stream in a round."
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Times that all routes are measured, in turn.")]
+Delay = Annotated[float, typer.Option(min=0, help="How long the mock takes to answer.")]
+Whole = Annotated[bool, typer.Option("--whole", help="Whole answers instead of streams.")]
+Litellm = Annotated[
+    Path | None,
+    typer.Option(
+        help="Environment that has LiteLLM's proxy; by default one is made in katcore's home."
+    ),
+]
+NoLitellm = Annotated[bool, typer.Option("--no-litellm", help="Leave LiteLLM out.")]
+
+
+@bench.command("proxy")
+def proxy(  # noqa: PLR0913 - a command has as many options as it has
+    streams: Streams = "1,16,64,256,1024",
+    requests: Requests = 1000,
+    rounds: Rounds = 2,
+    delay_ms: Delay = 0.0,
+    whole: Whole = False,  # noqa: FBT002
+    litellm: Litellm = None,
+    no_litellm: NoLitellm = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Measure what the proxy adds to a call, beside the mock alone and LiteLLM; 1 if an answer is lost."""
+    from katcore.bench import proxy as measured
+
+    with errors_said():
+        program = None if no_litellm else _litellm(litellm)
+        settings = measured.Settings(
+            streams=_numbers(streams),
+            requests=requests,
+            rounds=rounds,
+            delay_ms=delay_ms,
+            is_streamed=not whole,
+            litellm=program,
+        )
+        with _bar(settings.num_runs) as step:
+            report = asyncio.run(measured.run(settings, home() / "bench", say, step))
+        if as_json:
+            typer.echo(json.dumps(report.as_json()))
+        else:
+            _print_proxy(report)
+        raise typer.Exit(int(not report.is_lossless))
+
+
+@bench.command("trajectories")
+def trajectories(
+    calls: Annotated[int, typer.Option(min=1, help="Calls of the tree.")] = 1000,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of the logs whose size is taken.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all calls are written.")] = 3,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Measure what recording costs, how large a log is, and how long its tree takes to build."""
+    from katcore.bench import trajectories as measured
+
+    with errors_said():
+        settings = measured.Settings(calls, turns, rounds)
+        with _bar(settings.num_parts) as step:
+            report = asyncio.run(measured.run(settings, home() / "bench", step))
+        if as_json:
+            typer.echo(json.dumps(report.as_json()))
+        else:
+            _print_trajectories(report)
+
+
+def _litellm(given: Path | None) -> Path:
+    from katcore.bench.litellm import ensure, find
+
+    return find(given) if given else ensure(home() / "bench", say)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--streams {text!r}: numbers from 1 on are needed, joined by commas")
+    return numbers
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that says which part is at work; each part told moves it on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # It is drawn seldom: what is measured has the same cores.
+    with Progress(*columns, console=err, refresh_per_second=2) as bar:
+        shown = bar.add_task("starting", total=total, completed=-1)
+
+        def step(what: str) -> None:
+            bar.update(shown, description=what, advance=1)
+
+        yield step
+        bar.update(shown, description="done", completed=total)
+
+
+def _print_proxy(report: "ProxyReport") -> None:
+    table = Table(title="latency to the last byte, ms; requests/s")
+    heads = (
+        "streams",
+        "route",
+        "p50",
+        "p95",
+        "p99",
+        "added p50",
+        "p95",
+        "p99",
+        "bare fsync",
+        "requests/s",
+    )
+    for head in (*heads, "of direct", "lost"):
+        table.add_column(head, justify="left" if head == "route" else "right")
+    for row in report.rows:
+        for name, found in row.routes.items():
+            times = [found.ms_p50, found.ms_p95, found.ms_p99]
+            if name == "direct":
+                added: list[float | None] = [None] * 3
+            else:
+                added = [row.added(name, at) for at in ("ms_p50", "ms_p95", "ms_p99")]
+            share = f"{found.rps / row.rps_direct:.0%}" if row.rps_direct else ""
+            cells = map(_ms, (*times, *added, found.fsync_ms_p50))
+            table.add_row(
+                str(row.streams), name, *cells, f"{found.rps:.0f}", share, str(found.lost)
+            )
+        table.add_section()
+    out.print(table)
+    for row in report.rows:
+        for name, found in row.routes.items():
+            for reason, num in found.why.items():
+                say(f"{row.streams} streams, {name}: {num} lost: {reason}")
+    beside = f"; LiteLLM {report.litellm}" if report.litellm else ""
+    _print_aims(report.aims, report.machine + beside)
+
+
+def _print_trajectories(report: "TrajectoriesReport") -> None:
+    table = Table(title="writing calls")
+    for head in (
+        "calls at once",
+        "fsync",
+        "calls/s",
+        "GB/s",
+        "bare calls/s",
+        "bare GB/s",
+        "of bare",
+    ):
+        table.add_column(head, justify="right")
+    for item in report.written:
+        table.add_row(
+            str(item.writers),
+            "yes" if item.is_synced else "no",
+            f"{item.calls_per_s:.0f}",
+            f"{item.gb_per_s:.4f}",
+            f"{item.bare_calls_per_s:.0f}",
+            f"{item.bare_gb_per_s:.4f}",
+            f"{item.calls_per_s / item.bare_calls_per_s:.0%}",
+        )
+    out.print(table)
+    built = report.built
+    facts: dict[str, Any] = {
+        "calls": built.turns,
+        "roles": ", ".join(f"{num} {role}" for role, num in built.roles.items()),
+        "tokens in the log, in the tree": f"{built.tokens}, {built.tree_tokens}",
+        "read the log, s": f"{built.read_s:.3f}",
+        "build the trajectory, s": f"{built.build_s:.3f}",
+        "build the token tree, s": f"{built.tree_s:.3f}",
+        "peak memory, MiB": f"{built.peak_mib:.0f}",
+        "log, MB": f"{built.log_bytes / 1e6:.1f}",
+    }
+    out.print(_facts("the tree of one session", facts.items()))
+    logs = Table(title=f"logs of {report.logged[0].turns} turns, kB")
+    for head in ("dialect", "sent", "unique", "of it text", "log", "log / unique", "log / text"):
+        logs.add_column(head, justify="left" if head == "dialect" else "right")
+    for one in report.logged:
+        sizes = (one.sent_bytes, one.unique_bytes, one.text_bytes, one.log_bytes)
+        over_text = one.log_bytes / one.text_bytes
+        kilobytes = (f"{size / 1e3:.0f}" for size in sizes)
+        logs.add_row(one.dialect, *kilobytes, f"{one.ratio:.2f}", f"{over_text:.2f}")
+    out.print(logs)
+    _print_aims(report.aims, report.machine)
+
+
+def _print_aims(aims: "Iterable[Aim]", machine: str) -> None:
+    table = Table(title="aims")
+    for head in ("", "found", "aim", "met"):
+        table.add_column(head)
+    for aim in aims:
+        met = "[green]yes[/]" if aim.is_met else "[bold red]no[/]"
+        table.add_row(aim.what, f"{aim.found:.3g}", aim.wanted, met)
+    if table.row_count:
+        out.print(table)
+    out.print(machine, markup=False, highlight=False)
+
+
+def _facts(title: str, facts: Iterable[tuple[str, Any]]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in facts:
+        table.add_row(name, str(value))
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
