@@ -62,10 +62,14 @@ class CollectSettings(Settings):
 
 
 class SftSettings(Settings):
-    """Supervised fine-tuning on verified demonstrations."""
+    """Supervised fine-tuning on verified demonstrations.
+
+    With `mask_failed`, an answer whose tool call failed is context: what comes after it is learnt, it is not.
+    """
 
     steps: int = 160
     batch: int = 64
+    mask_failed: bool = True
     lr: float = 2e-3
     warmup: int = 20
     final_lr: float = 0.1
@@ -76,6 +80,7 @@ class RlSettings(Settings):
 
     `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
+    `failed_penalty` is taken off the advantage of an answer whose tool call failed.
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
     `kl` holds the policy to the model it started as; `entropy` is a bonus. `old` says whose log-probabilities
@@ -90,6 +95,7 @@ class RlSettings(Settings):
     warmup: int = 4
     final_lr: float = 0.3
     discount: float = 0.8
+    failed_penalty: float = Field(default=0.0, ge=0)
     epochs: int = 3
     minibatches: int = 2
     clip_low: float = 0.2

@@ -165,6 +165,7 @@ def _rollout_config(
     config = {
         "scaffold": [expert.scaffold, expert.scaffold_options],
         "verifier": [expert.verifier, expert.verifier_options],
+        "formatter": [expert.formatter, expert.formatter_options],
         "sandbox": [preset.sandbox, preset.sandbox_options],
         "max_new_tokens": preset.max_new_tokens,
         "seed": seed,

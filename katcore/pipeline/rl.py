@@ -27,7 +27,7 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.advantage import group_advantages
+from katcore.train.advantage import group_advantages, penalised
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
 from katcore.train.trainer import Schedule, Trainer
@@ -118,6 +118,7 @@ class _Loop:
         settings = self._settings
         samples = samples_of(self._job, self._expert, rollouts)
         advantages = group_advantages(samples, discount=settings.discount)
+        advantages = penalised(advantages, samples, settings.failed_penalty)
         useful = [sample for sample in samples if sample.rollout_id in advantages]
         old = None
         if settings.old == "trainer":
@@ -137,6 +138,7 @@ class _Loop:
                 "reward": statistics.fmean(scored) if scored else 0.0,
                 "num_useful": float(len(useful)),
                 "turns": statistics.fmean(turns),
+                "failed": statistics.fmean(len(sample.failed) for sample in samples),
             }
         )
 

@@ -101,7 +101,9 @@ def samples_of(job: Job, expert: Expert, rollouts: Iterable[Rollout]) -> list[Sa
     Raises:
         StageError: that formatter makes no token trees.
     """
-    formatter: Formatter[Any] = job.plugins.make("formatter", expert.formatter)
+    formatter: Formatter[Any] = job.plugins.make(
+        "formatter", expert.formatter, expert.formatter_options
+    )
     samples = list(formatter.samples(rollouts))
     if not all(isinstance(sample, Sample) for sample in samples):
         raise StageError(

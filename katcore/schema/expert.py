@@ -23,6 +23,7 @@ class Expert:
     synthesis: dict[str, Any] = field(default_factory=dict)
     scaffold_options: dict[str, Any] = field(default_factory=dict)
     verifier_options: dict[str, Any] = field(default_factory=dict)
+    formatter_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ class Sample:
     `parents[t]` is the index of the token before `t` on its path (-1 for the first token), so a plain
     sequence is (-1, 0, 1, ...). `trained[t]` marks tokens the policy produced; every other token is
     context. `logprobs[t]` is the behaviour policy's log-probability (0 where not sampled).
-    `branches[t]` counts the root-to-leaf paths through `t` (g_t of Tree Training).
+    `branches[t]` counts the root-to-leaf paths through `t` (g_t of Tree Training). `failed` are answers, in
+    the order of the tree, that came to nothing: their tool call was refused or failed.
     """
 
     tokens: tuple[int, ...]
@@ -26,3 +27,4 @@ class Sample:
     reward: float | None
     origin: Origin
     policy_version: str
+    failed: tuple[int, ...] = ()

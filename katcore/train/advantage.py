@@ -41,3 +41,19 @@ def group_advantages(samples: Sequence[Sample], *, discount: float = 1.0) -> Adv
 def _returns(sample: Sample, discount: float) -> tuple[float, ...]:
     num = 1 + turns(sample)[-1]
     return tuple(float(sample.reward or 0.0) * discount ** (num - 1 - turn) for turn in range(num))
+
+
+def penalised(advantages: Advantages, samples: Sequence[Sample], penalty: float) -> Advantages:
+    """With `penalty` taken off the advantage of every answer that failed, whatever became of its rollout.
+
+    A rollout of a group without variance has advantages, too, if an answer of it failed.
+    """
+    found = dict(advantages)
+    for sample in samples:
+        if penalty and sample.failed:
+            rows = advantages.get(sample.rollout_id, ((0.0,) * (1 + turns(sample)[-1]),))
+            found[sample.rollout_id] = tuple(
+                tuple(value - penalty * (turn in sample.failed) for turn, value in enumerate(row))
+                for row in rows
+            )
+    return found

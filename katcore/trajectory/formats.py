@@ -12,12 +12,16 @@ TRAINED: tuple[TurnRole, ...] = ("main", "subagent", "post-compaction")
 
 
 class TreeConfig(BaseModel):
-    """Options of the tree formatter: which roles are trained; how long a sample may be (0: any length)."""
+    """Options of the tree formatter: which roles are trained; how long a sample may be (0: any length).
+
+    `failed` are beginnings of results, as `["error:"]`: an answer that one of them came back to has failed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     roles: tuple[TurnRole, ...] = TRAINED
     max_tokens: int = 0
+    failed: tuple[str, ...] = ()
 
 
 class TreeFormatter:
@@ -35,12 +39,14 @@ class TreeFormatter:
         for rollout in rollouts:
             sample = None
             if rollout.reward is not None:
-                sample = tree_sample(rollout, self._config.roles)
+                sample = tree_sample(rollout, self._config.roles, self._config.failed)
             if sample and (not limit or len(sample.tokens) <= limit):
                 yield sample
 
 
-def tree_sample(rollout: Rollout, roles: Container[str] = TRAINED) -> Sample | None:
+def tree_sample(
+    rollout: Rollout, roles: Container[str] = TRAINED, failed: tuple[str, ...] = ()
+) -> Sample | None:
     """The token tree of a rollout in depth-first order; None if it holds no turn that counts."""
     turns = rollout.trajectory.turns
     kept = [turn.role in roles for turn in turns]
@@ -60,6 +66,9 @@ def tree_sample(rollout: Rollout, roles: Container[str] = TRAINED) -> Sample | N
         rollout.reward,
         _origin(trained),
         trained[-1].policy_version,
+        tuple(
+            number for number, turn in enumerate(tree.answers) if _has_failed(turns, turn, failed)
+        ),
     )
 
 
@@ -72,6 +81,8 @@ class _Tree:
         self.parents: list[int] = []
         self.trained: list[bool] = []
         self.logprobs: list[float] = []
+        self.answers: list[int] = []
+        """The turns that are trained, in the order of the tree."""
         self._first: dict[int, int] = {}
         extents = _extents(turns, kept)
         children: dict[int, list[int]] = {}
@@ -103,6 +114,8 @@ class _Tree:
         room = extent - turn.num_shared
         num_prompt = len(turn.prompt_ids)
         own = (turn.prompt_ids + turn.ids)[:room]
+        if is_kept and turn.ids:
+            self.answers.append(number)
         for at, token in enumerate(own):
             is_answer = is_kept and at >= num_prompt
             self.parents.append(last)
@@ -121,6 +134,17 @@ def _extents(turns: Sequence[Turn], kept: Sequence[bool]) -> list[int]:
             shared = min(turn.num_shared, extents[number])
             extents[turn.parent] = max(extents[turn.parent], shared)
     return extents
+
+
+def _has_failed(turns: Sequence[Turn], number: int, failed: tuple[str, ...]) -> bool:
+    """Whether what came back to a turn's answer begins as a failure does."""
+    after = next((turn for turn in turns[number + 1 :] if turn.parent == number), None)
+    if after is None or not failed:
+        return False
+    results = [message for message in after.messages if message.role == "tool"]
+    if not turns[number].tool_calls:
+        results = list(after.messages[:1])
+    return any(message.content.startswith(failed) for message in results)
 
 
 def _leaves(parents: Sequence[int]) -> list[int]:

@@ -29,4 +29,6 @@ def katcore_experts() -> Iterable[Expert]:
         scaffold="mini",
         verifier="test-script",
         scaffold_options={"max_turns": 8, "max_output_chars": 480},
+        # What its tool says of an edit that is none, or was tried before.
+        formatter_options={"failed": ["error:"]},
     )

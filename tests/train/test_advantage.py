@@ -1,9 +1,11 @@
 """Advantages in the group of a task."""
 
+from dataclasses import replace
+
 import pytest
 
 from katcore.schema.sample import Sample
-from katcore.train.advantage import group_advantages
+from katcore.train.advantage import group_advantages, penalised
 from tests.train.trees import line
 
 
@@ -50,3 +52,15 @@ def test_a_lost_sample_changes_no_other_groups_advantage() -> None:
     one, other = group("a", (1.0, 0.0)), group("b", (0.0, 1.0, 1.0))
     alone = group_advantages(one)
     assert {key: group_advantages(one + other)[key] for key in alone} == alone
+
+
+def test_an_answer_that_failed_is_worth_less_in_any_rollout() -> None:
+    a, b = rollouts_of_turns({"a": (3, 1.0), "b": (2, 0.0)})
+    samples = [replace(a, failed=(1,)), b]
+    before = group_advantages(samples)
+    after = penalised(before, samples, 0.5)
+    assert after["b"] == before["b"]
+    assert [x - y for x, y in zip(before["a"][0], after["a"][0], strict=True)] == [0.0, 0.5, 0.0]
+    alone = penalised(group_advantages(samples[:1]), samples, 0.5)
+    assert alone == {"a": ((0.0, -0.5, 0.0),)}
+    assert penalised({}, samples, 0.0) == {}

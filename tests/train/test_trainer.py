@@ -1,5 +1,6 @@
 """Resuming is going on; the schedule; a step does not depend on its micro-batches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from katcore.config import SftSettings
 from katcore.schema.sample import Sample
 from katcore.train.objective import Sft
-from katcore.train.sft import draw, fit
+from katcore.train.sft import draw, fit, without_failed
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.trees import VOCABULARY, line, small_model
 
@@ -74,3 +75,10 @@ def test_an_epoch_draws_each_sample_once() -> None:
     seen = [index for step in range(3) for index in draw(12, 4, seed=5, step=step)]
     assert sorted(seen) == list(range(12))
     assert draw(12, 4, 5, 3) != draw(12, 4, 5, 0)
+
+
+def test_an_answer_that_failed_is_context() -> None:
+    whole = line([1] * 6, [False, True, True, False, True, False])
+    assert without_failed(whole) is whole
+    left = without_failed(replace(whole, failed=(0,)))
+    assert left.trained == (False, False, False, False, True, False)

@@ -1,5 +1,6 @@
 """From calls to a tree of turns, and from that to one token tree that equals its branches."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 
 from katcore.schema.call import Message
 from katcore.schema.rollout import Outcome, Verdict
+from katcore.train.batch import turns
 from katcore.trajectory.formats import TreeConfig, TreeFormatter, tree_sample
 from katcore.trajectory.tree import build_trajectory
 from tests.proxy.fakes import text_of
@@ -168,3 +170,27 @@ def test_samples_that_are_too_long_are_left_out() -> None:
     made = [rollout([long]), rollout([short])]
     samples = list(TreeFormatter(TreeConfig(max_tokens=4)).samples(made))
     assert [len(sample.tokens) for sample in samples] == [2]
+
+
+def test_answers_that_failed_are_numbered_in_the_order_of_the_tree() -> None:
+    said = ["error: no x here", "fine", "error: tried", "error: too"]
+    root = call(0, (1,), (2,))
+    left, right = call(1, (3,), (4,), root), call(2, (5,), (6,), root)
+    last = call(3, (7,), (8,), left)
+    calls = [
+        replace(one, new_messages=(Message("user", text),))
+        for one, text in zip([root, left, right, last], said, strict=True)
+    ]
+    sample = tree_sample(rollout(calls), ROLES, ("error:",))
+    assert sample
+    assert sample.failed == (1,), "what came back to the root was fine, the first time"
+    assert tree_sample(rollout(calls), ROLES) == replace(sample, failed=())
+
+
+@given(sessions())
+def test_answers_are_the_turns_of_training(session: Recorder) -> None:
+    """Every answer is a run of trained tokens: that is how training numbers them."""
+    calls = session.calls
+    sample = tree_sample(rollout(calls), ROLES)
+    answers = [one for one in rollout(calls).trajectory.turns if one.role in ROLES and one.ids]
+    assert len(answers) == (1 + turns(sample)[-1] if sample else 0)
