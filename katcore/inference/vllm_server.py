@@ -103,7 +103,7 @@ def find_python(wanted: Path | None) -> Path:
             )
         return Path(sys.executable)
     # Not resolved: an environment's interpreter is a link to another one.
-    python = wanted.absolute()
+    python = wanted.expanduser().absolute()
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, check=False)

@@ -137,6 +137,9 @@ class FakeVllm:
             return problem(400, f"no such fields: {unknown}")
         if body["model"] not in self.names:
             return problem(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= body.get(name, 0) <= 2:
+                return problem(400, f"{name} must be in [-2, 2], got {body[name]}.")
         prompt = body["prompt"]
         if isinstance(prompt, str):
             special = body.get("add_special_tokens", True)

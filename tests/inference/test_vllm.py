@@ -91,21 +91,37 @@ async def test_logprobs_are_those_of_the_temperature_it_drew_at(
         assert made.logprobs == pytest.approx(wanted, abs=1e-4)
 
 
-async def test_cuts_penalties_and_seeds_reach_the_server(engine: VllmEngine) -> None:
+async def test_cuts_and_seeds_reach_the_server(engine: VllmEngine) -> None:
     (ids,) = prompts(1)
     asked = request("s", ids)
     narrow = replace(asked, sampling=Sampling(1.0, 12, top_k=1))
     assert set((await engine.generate(narrow)).logprobs) == {0.0}
     nucleus = replace(asked, sampling=Sampling(1.0, 12, top_p=1e-4))
     assert set((await engine.generate(nucleus)).logprobs) == {0.0}
-    for name in ("presence_penalty", "frequency_penalty"):
-        varied = replace(asked, sampling=Sampling(0.0, 12, **{name: 50.0}))
-        made = await engine.generate(varied)
-        assert len(set(made.ids)) == len(made.ids) == 12
     seeded = replace(asked, sampling=Sampling(1.0, 12, seed=5))
     again = [await engine.generate(seeded) for _ in range(2)]
     other = await engine.generate(replace(asked, sampling=Sampling(1.0, 12, seed=6)))
     assert again[0].ids == again[1].ids != other.ids
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.0, 0.0), (0.0, 1.5), (-0.5, 0.5)])
+async def test_penalties_count_in_log_probabilities(
+    engine: VllmEngine, model_folder: Path, presence: float, frequency: float
+) -> None:
+    (ids,) = prompts(1)
+    drawn = Sampling(0.0, 20, presence_penalty=presence, frequency_penalty=frequency)
+    made = await engine.generate(replace(request("s", ids), sampling=drawn))
+    with torch.inference_mode():
+        logits = load_policy(model_folder)(torch.tensor([ids + made.ids])).logits[0].clone()
+    for number, token in enumerate(made.ids):
+        row = logits[len(ids) - 1 + number].tolist()
+        for said in set(made.ids[:number]):
+            row[said] -= presence + frequency * made.ids[:number].count(said)
+        best = torch.tensor(row).log_softmax(0).max(0)
+        assert (token, made.logprobs[number]) == (
+            int(best.indices),
+            pytest.approx(float(best.values), abs=1e-4),
+        )
 
 
 async def test_defaults_of_the_server_change_nothing(engine: VllmEngine, fake: FakeVllm) -> None:
