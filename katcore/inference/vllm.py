@@ -9,8 +9,8 @@ else was in the batch, as it does with vLLM's kernels.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -120,7 +120,8 @@ class VllmEngine:
                 "return_token_ids": True,
                 **_drawn(request.sampling),
             }
-            answer = await self._ask(client, body)
+            with self._noticing():
+                answer = await client.call("/v1/completions", body)
         return self._generation(request, answer, version)
 
     async def load_weights(self, folder: Path, version: str) -> None:
@@ -138,7 +139,8 @@ class VllmEngine:
                 await self._is_idle.wait()
                 client, _ = await self._ready()
                 self._fault = f"the server did not take the weights of {folder}"
-                await self._replace(client, folder)
+                with self._noticing():
+                    await self._replace(client, folder)
                 self._weights, self._version, self._fault = folder, version, ""
             finally:
                 self._is_open.set()
@@ -175,23 +177,24 @@ class VllmEngine:
                 self._client, self._address = VllmClient(address), address
                 self._served = None
             if self._served is None:
-                served = await probe(self._client, self._chat, self._model, self._context)
-                if self._weights is not None:
-                    await self._replace(self._client, self._weights)
+                with self._noticing():
+                    served = await probe(self._client, self._chat, self._model, self._context)
+                    if self._weights is not None:
+                        await self._replace(self._client, self._weights)
                 self._served = served
             return self._client, self._served
 
-    async def _ask(self, client: VllmClient, body: dict[str, Any]) -> Any:
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """A server that went away may come back as another one; the error has what it said last."""
         address = self._address
         try:
-            return await client.call("/v1/completions", body)
+            yield
         except EngineGoneError as error:
             if address is None or address != self._address:
                 raise
-            # It may come back as another one.
             self._served = None
-            last = self._server.doubt(address)
-            raise EngineGoneError(f"{error}\n{last}" if last else str(error)) from error
+            raise EngineGoneError(f"{error}{self._server.doubt(address)}") from error
 
     async def _replace(self, client: VllmClient, folder: Path) -> None:
         try:

@@ -106,7 +106,7 @@ def find_python(wanted: Path | None) -> Path:
     python = wanted.expanduser().absolute()
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, check=False)
+        done = subprocess.run([python, "-E", "-c", code], cwd="/", capture_output=True, check=False)
     except OSError as error:
         raise ConfigError(f"python: {python} cannot be run: {error.strerror}") from error
     if done.returncode:

@@ -398,6 +398,25 @@ async def test_a_server_that_died_is_asked_again_when_it_is_back_with_its_weight
         await engine.close()
 
 
+async def test_weights_that_a_server_died_over_can_be_put_into_the_next(
+    model_folder: Path, other_folder: Path
+) -> None:
+    first, second = (FakeVllm(model_folder, context=CONTEXT) for _ in range(2))
+    async with second.serving() as then:
+        async with first.serving() as now:
+            engine = VllmEngine(Restarted(now, then), ChatTokenizer(model_folder))
+            await engine.open(lambda _: None)
+        with pytest.raises(EngineGoneError, match="CUDA error"):
+            await engine.load_weights(other_folder, "1")
+        with pytest.raises(EngineError, match="did not take the weights"):
+            await engine.generate(request("s", (9,)))
+        await engine.load_weights(other_folder, "1")
+        made = await engine.generate(request("s", (9,)))
+        wanted = open_engine(other_folder, num_slots=1, context=CONTEXT)
+        assert made.ids == (await wanted.generate(request("s", (9,)))).ids
+        await engine.close()
+
+
 async def test_a_server_elsewhere_that_was_away_proves_itself_again(model_folder: Path) -> None:
     fake = FakeVllm(model_folder, context=CONTEXT)
     chat = ChatTokenizer(model_folder)

@@ -23,7 +23,7 @@ PROGRAM = """#!{python} -S
 import http.server, json, os, subprocess, sys
 from pathlib import Path
 here = Path(__file__).parent
-if sys.argv[1] == "-c":
+if "-c" in sys.argv:
     sys.exit((here / "no-vllm").exists())
 worker = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 said = {{"argv": sys.argv[1:], "env": dict(os.environ), "pids": [os.getpid(), worker.pid]}}
