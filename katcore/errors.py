@@ -69,6 +69,10 @@ class EngineBusyError(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class EngineGoneError(EngineError):
+    """The server of an engine does not answer any more."""
+
+
 class RequestError(KatError):
     """An agent asked a model for what it cannot do. The agent is told; no rollout fails for it."""
 

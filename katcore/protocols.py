@@ -132,6 +132,18 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class SupportsOpen(Protocol):
+    """An engine that takes long to be ready, or might not be fit for use."""
+
+    async def open(self, report: Callable[[str], None]) -> None:
+        """Wait until it can answer. `report` takes progress lines. Without it, the first call waits.
+
+        Raises:
+            EngineError: it cannot be used; says why.
+        """
+
+
+@runtime_checkable
 class SupportsClose(Protocol):
     """An engine that holds connections or processes."""
 

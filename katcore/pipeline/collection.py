@@ -25,7 +25,7 @@ from katcore.errors import ConfigError
 from katcore.pipeline.recorded import write_rows
 from katcore.pipeline.rollouts import RolloutFile
 from katcore.plugin import Plugins
-from katcore.protocols import Engine, RunsInside, SupportsClose, SupportsTokens
+from katcore.protocols import Engine, RunsInside, SupportsClose, SupportsOpen, SupportsTokens
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget
 from katcore.rollout.collect import Limits, collect
@@ -173,6 +173,8 @@ async def run(
     done = _scored(file, tally)
     yield tally
     try:
+        if isinstance(engine, SupportsOpen):
+            await engine.open(report)
         async with Proxy(folder / "calls.jsonl") as proxy:
             parts = Parts(
                 proxy,

@@ -7,7 +7,7 @@ from pathlib import Path
 from katcore.config import Settings, load_yaml
 from katcore.pipeline.collection import BudgetSettings, Choice, SamplingSettings
 from katcore.plugin import Plugins
-from katcore.protocols import Engine, SupportsClose
+from katcore.protocols import Engine, SupportsClose, SupportsOpen
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, SessionSpec
 from katcore.schema.call import Sampling
@@ -30,11 +30,14 @@ async def serve(path: Path, port: int, log: Path, report: Callable[[str], None])
 
     Raises:
         ConfigError: the config does not fit.
+        EngineError: the engine cannot be used.
         ProxyError: the port is taken.
     """
     config = load_yaml(path, ProxyConfig)
     engine: Engine = Plugins.installed().make("engine", config.engine.name, config.engine.options)
     try:
+        if isinstance(engine, SupportsOpen):
+            await engine.open(report)
         async with Proxy(log, port=port) as proxy:
             spec = SessionSpec(
                 "alone",

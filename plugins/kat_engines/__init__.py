@@ -1,1 +1,1 @@
-"""Inference engines: scripted and embedded transformers."""
+"""Inference engines: transformers in this process, vLLM, any API, and a script."""

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from katcore.cli import app
 from katcore.errors import ConfigError
+from katcore.inference.bytes import write_byte_tokenizer
 from katcore.pipeline.collection import load_collection, open_folder
 from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Rollout
@@ -75,6 +76,16 @@ def test_what_was_lost_is_tried_again(folder: Path) -> None:
     done = collect(folder / "try.yaml", "--name", "other")
     assert done.exit_code == 0, done.output
     assert len(list(read_lines(Sample, made / "tree.jsonl"))) == 2
+
+
+def test_an_engine_that_cannot_be_used_costs_no_rollout(folder: Path) -> None:
+    model = write_byte_tokenizer(folder / "model")
+    engine = {"name": "vllm", "model": str(model), "url": "http://127.0.0.1:9"}
+    done = collect(written(folder, engine=engine))
+    assert done.exit_code != 0
+    assert "http://127.0.0.1:9 does not answer" in " ".join(str(done.output).split())
+    made = folder / "home" / "collections" / "try"
+    assert not list(read_lines(Rollout, made / "rollouts.jsonl"))
 
 
 def test_another_config_needs_another_name(folder: Path) -> None:
