@@ -36,9 +36,14 @@ def list_sandboxes(as_json: AsJson = False) -> None:  # noqa: FBT002
             table.add_column(column)
         for item in found["sandboxes"]:
             table.add_row(*(str(item[column]) for column in _COLUMNS))
-        out.print(table)
+        if found["sandboxes"]:
+            out.print(table)
+        else:
+            say("no sandbox is open")
         if found["dead"]:
-            say(f"{len(found['dead'])} processes are dead that held some: `kat sandbox reap`")
+            say(
+                f"of dead processes, something may be left of {len(found['dead'])}: `kat sandbox reap`"
+            )
 
 
 @sandbox.command()

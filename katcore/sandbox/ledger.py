@@ -150,7 +150,9 @@ class Ledger:
         self._do(lambda connection: connection.execute(_GONE, {"lease_id": lease_id}))
 
     def read(self) -> tuple[list[Holder], list[Lease], float]:
-        """All holders and leases, oldest first, and the ledger's time."""
+        """All holders and leases, oldest first, and the ledger's time. Looking makes no file."""
+        if self._path and not self._path.exists():
+            return [], [], self._now_s()
 
         def select(connection: Connection) -> tuple[list[Holder], list[Lease], float]:
             holders = connection.execute(sa.select(_HOLDERS).order_by(_HOLDERS.c.seen_s))
