@@ -46,8 +46,8 @@ async def open_backend(
     First, what dead processes left is reclaimed. `work` says what the sandboxes are for.
 
     Raises:
-        PluginError, ConfigError: as `Plugins.make`.
-        LedgerError: the ledger cannot be written.
+        PluginError, ConfigError: as `Plugins.make`; or the ledger's driver is not installed.
+        LedgerError: the ledger cannot be used.
     """
     backend: SandboxBackend = plugins.make("sandbox", name, options)
     ledger = Ledger()
@@ -61,6 +61,7 @@ async def open_backend(
         run_name(),
         work,
     )
+    await asyncio.to_thread(ledger.connect)
     register = Register(ledger, holder)
     try:
         await _reclaim(ledger, plugins)
@@ -178,13 +179,14 @@ class Register:
             self._changed.notify()
 
     def close(self) -> None:
-        """Strike out the holder: all that it had is destroyed."""
+        """Strike out the holder, but for one that could not destroy all: that waits for the reaper."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
         try:
-            self._ledger.retire(self._holder)
+            if not any(lease.state == "left" for lease in self._wanted.values()):
+                self._ledger.retire(self._holder)
         except LedgerError as error:
             _log.warning("closed, but still on record until the next reap: %s", error)
         self._ledger.close()
@@ -215,11 +217,11 @@ class Register:
         while True:
             try:
                 self._ledger.save(self._holder, self._written, wanted)
-            except LedgerError as error:
+            except Exception as error:  # noqa: BLE001 - who waits has to hear of it, whatever it is
                 self._written = None
                 if time.monotonic() >= until_s:
                     _log.warning("%s", error)
-                    return error
+                    return error if isinstance(error, LedgerError) else LedgerError(repr(error))
                 time.sleep(_RETRY_S)
             else:
                 self._written = wanted

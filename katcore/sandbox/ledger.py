@@ -106,6 +106,15 @@ class Ledger:
         """Where it is, without its password."""
         return str(self._path) if self._path else self._url.render_as_string(hide_password=True)
 
+    def connect(self) -> None:
+        """See that it can be used.
+
+        Raises:
+            ConfigError: its driver is not installed.
+            LedgerError: it cannot be reached, or is no ledger.
+        """
+        self._do(lambda _: None)
+
     def save(
         self, holder: Holder, before: Mapping[str, Lease] | None, after: Mapping[str, Lease]
     ) -> None:

@@ -117,6 +117,44 @@ async def test_one_that_could_not_be_destroyed_is_destroyed_by_the_reaper(
         assert states(ledger) == []
 
 
+async def test_one_that_could_not_be_destroyed_outlives_the_holder_on_record(
+    ledger: Ledger, folder: Path
+) -> None:
+    async with leased(ledger, folder) as (backend, wrapped):
+        backend.fails["exit"] = SandboxError("the daemon is away")
+        with pytest.raises(SandboxError, match="daemon"):
+            async with wrapped.open(SPEC):
+                pass
+    assert states(ledger) == ["left"]
+    assert await reaper.reap(ledger, plugins()) == Reaped(0, 1)
+    assert machines(folder) == []
+
+
+async def test_an_error_that_nobody_thought_of_is_heard_of(
+    ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_PATIENCE_S", 0.0)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with leased(ledger, folder) as (_, wrapped):
+        monkeypatch.setattr(Ledger, "save", fail)
+        with pytest.raises(LedgerError, match="ZeroDivisionError"):
+            async with wrapped.open(SPEC):
+                pytest.fail("it was opened")
+
+
+async def test_a_driver_that_is_not_installed_is_said_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KATCORE_LEDGER", "nosuch://user:hush@host/database")
+    with pytest.raises(ConfigError, match="needs a database driver that is not here") as error:
+        async with open_backend(plugins(), "files", {"folder": str(folder)}):
+            pass
+    assert "hush" not in str(error.value)
+
+
 async def test_many_at_once_are_few_transactions(
     ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
