@@ -107,12 +107,14 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setenv("KATCORE_HOME", str(tmp_path))
     made = Scene(tmp_path)
     yield made
-    made.ledger.close()
     for process in made.started:
         process.kill()
         process.wait()
         assert process.stdout
         process.stdout.close()
+    for mark in made.marks():
+        remains.sweep(mark, made.images)
+    made.ledger.close()
 
 
 def groups(mark: str) -> list[Path]:
