@@ -68,6 +68,12 @@ def run_stage(stage_id: str, expert: str) -> str:
     return child.run_child(plan, stage_id, preset, context["run_id"])
 
 
+@sdk.teardown
+def reap_sandboxes() -> None:
+    """Reclaim the sandboxes that stages left which were killed. Runs whatever became of the stages."""
+    child.reap_run(sdk.get_current_context()["run_id"])
+
+
 def make_task(spec: StageSpec) -> Any:
     """The task of a stage. Where experts meet, those that were not chosen are no obstacle."""
     is_joining = spec.inputs and not spec.expert
@@ -77,7 +83,7 @@ def make_task(spec: StageSpec) -> Any:
 
 
 def make_tasks(plan: Plan) -> None:
-    """All tasks: `base`, then a group for each expert and one for the unified model."""
+    """All tasks: `base`, a group for each expert and one for the unified model; then the teardown."""
     made: dict[str, Any] = {}
     groups: dict[str, Any] = {"": nullcontext()}
     for spec in plan.stages.values():
@@ -88,6 +94,8 @@ def make_tasks(plan: Plan) -> None:
             made[spec.id] = make_task(spec)
         for source in spec.inputs:
             made[source] >> made[spec.id]
+    read = {source for spec in plan.stages.values() for source in spec.inputs}
+    [made[name] for name in plan.stages if name not in read] >> reap_sandboxes()
 
 
 with sdk.DAG(

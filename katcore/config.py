@@ -253,6 +253,20 @@ def home() -> Path:
     return Path(os.environ.get("KATCORE_HOME", ".kat")).resolve()
 
 
+def ledger_url() -> str:
+    """Where leases of sandboxes are kept: $KATCORE_LEDGER; `leases.db` in katcore's home if it is empty.
+
+    An SQLAlchemy URL, such as `postgresql+psycopg2://user:password@host/database`: for runs on several
+    machines.
+    """
+    return os.environ.get("KATCORE_LEDGER", "")
+
+
+def run_name() -> str:
+    """The scheduled run that this process works for: $KATCORE_RUN, set by the DAG; empty elsewhere."""
+    return os.environ.get("KATCORE_RUN", "")
+
+
 def blocked_plugins() -> frozenset[str]:
     """Plugins not to load: $KATCORE_PLUGINS_BLOCKED, names joined by commas."""
     return frozenset(filter(None, os.environ.get("KATCORE_PLUGINS_BLOCKED", "").split(",")))

@@ -57,6 +57,14 @@ class SandboxGoneError(SandboxError):
     """The sandbox died underneath its user."""
 
 
+class SandboxElsewhereError(SandboxError):
+    """What is left of a sandbox is on another machine, and cannot be destroyed from here."""
+
+
+class LedgerError(SandboxError):
+    """The ledger of leases cannot be read or written. No sandbox is opened that is not on record."""
+
+
 class EngineError(InfrastructureError):
     """The inference engine failed or went away."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 from katcore.schema.call import EngineRequest, Generation, Message, Tool
+from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import (
     ExecResult,
     Installation,
@@ -90,6 +91,14 @@ class SupportsDoor(Protocol):
         """
 
 
+@runtime_checkable
+class SupportsHandle(Protocol):
+    """A sandbox that another process can find."""
+
+    def handle(self) -> str:
+        """What its backend's `destroy` finds it by, also in another process, and when it is gone."""
+
+
 class SandboxBackend(Protocol):
     """Opens sandboxes. Leaving the context destroys the machine, whatever happened inside."""
 
@@ -103,6 +112,34 @@ class SandboxBackend(Protocol):
 
     async def close(self) -> None:
         """Destroy whatever is still open and stop helper processes."""
+
+
+@runtime_checkable
+class SupportsReap(Protocol):
+    """A backend that can destroy what another process made with it, one that is dead maybe.
+
+    It touches nothing but what it is given the handle or the mark of. What is gone already is no error, and
+    two processes may do the same at once.
+    """
+
+    def mark(self) -> str:
+        """What all that this object makes carries, and nothing else does; known before it makes anything."""
+
+    async def destroy(self, lease: Lease) -> None:
+        """Destroy the sandbox of a lease that has a handle; whoever uses it gets SandboxGoneError.
+
+        Raises:
+            SandboxElsewhereError: it is on another machine.
+            SandboxError: it could not be destroyed.
+        """
+
+    async def sweep(self, holder: Holder) -> None:
+        """Destroy all that carries a dead holder's mark: sandboxes, half-made ones too, and what they needed.
+
+        Raises:
+            SandboxElsewhereError: some of it may be on another machine.
+            SandboxError: something could not be destroyed.
+        """
 
 
 class Engine(Protocol):

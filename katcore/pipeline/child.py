@@ -7,6 +7,7 @@ and should the worker be killed alone, the kernel ends the child.
 import logging
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,27 @@ def run_child(plan: Plan, stage_id: str, preset: str, run_id: str) -> str:
         except StageBusyError as busy:
             _log.info("%s; asking again in %g s", busy, _BUSY_POLL_S)
             time.sleep(_BUSY_POLL_S)
+
+
+def reap_run(run_id: str) -> None:
+    """Reclaim the sandboxes that killed stages of a run left.
+
+    Raises:
+        StageError: some stay; says which and why.
+    """
+    command = [sys.executable, "-m", "katcore.cli", "sandbox", "reap", "--run", run_id]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**environment(), RUN_MARK: run_id},
+        preexec_fn=die_with_parent(signal.SIGTERM),
+        text=True,
+        check=False,
+    )
+    _log.info("%s", done.stderr.strip())
+    if done.returncode:
+        raise StageError(f"sandboxes of {run_id} are left: {done.stderr.strip()}")
 
 
 def _attempt(plan: Plan, stage_id: str, preset: str, marks: Mapping[str, str]) -> str:

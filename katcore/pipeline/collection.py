@@ -30,6 +30,7 @@ from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget
 from katcore.rollout.collect import Limits, collect
 from katcore.rollout.single import Attempt, Parts
+from katcore.sandbox.lease import open_backend
 from katcore.schema.call import Sampling
 from katcore.schema.codec import read_lines
 from katcore.schema.event import RolloutFinished
@@ -167,7 +168,6 @@ async def run(
     scaffold = plugins.make("scaffold", config.scaffold.name, config.scaffold.options)
     if isinstance(scaffold, RunsInside):
         await scaffold.install(report)
-    backend = plugins.make("sandbox", config.sandbox.name, config.sandbox.options)
     file = RolloutFile(folder / "rollouts.jsonl")
     tally = Tally(len(tasks) * config.attempts)
     done = _scored(file, tally)
@@ -175,7 +175,11 @@ async def run(
     try:
         if isinstance(engine, SupportsOpen):
             await engine.open(report)
-        async with Proxy(folder / "calls.jsonl") as proxy:
+        name, options = config.sandbox.name, config.sandbox.options
+        async with (
+            open_backend(plugins, name, options, work=f"collect {folder.name}") as backend,
+            Proxy(folder / "calls.jsonl") as proxy,
+        ):
             parts = Parts(
                 proxy,
                 backend,
@@ -206,7 +210,6 @@ async def run(
             await asyncio.to_thread(_log, folder, config, tally)
     finally:
         file.close()
-        await backend.close()
         if isinstance(engine, SupportsClose):
             await engine.close()
 

@@ -12,6 +12,7 @@ from katcore.protocols import Formatter, SandboxBackend
 from katcore.proxy.server import Proxy
 from katcore.rollout.collect import Limits, collect
 from katcore.rollout.single import Attempt, Parts
+from katcore.sandbox.lease import open_backend
 from katcore.schema.call import Sampling
 from katcore.schema.codec import read_lines, to_json
 from katcore.schema.event import RolloutFinished
@@ -66,14 +67,12 @@ class Rollouts:
 @asynccontextmanager
 async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
     """Start the proxy and the preset's sandbox backend; both are stopped at the end."""
-    backend: SandboxBackend = job.plugins.make(
-        "sandbox", job.preset.sandbox, job.preset.sandbox_options
-    )
-    try:
-        async with Proxy(job.out / "calls.jsonl") as proxy:
-            yield Rollouts(job, proxy, backend)
-    finally:
-        await backend.close()
+    name, options = job.preset.sandbox, job.preset.sandbox_options
+    async with (
+        open_backend(job.plugins, name, options, work=job.spec.id) as backend,
+        Proxy(job.out / "calls.jsonl") as proxy,
+    ):
+        yield Rollouts(job, proxy, backend)
 
 
 def engine_settings(job: Job) -> dict[str, int]:

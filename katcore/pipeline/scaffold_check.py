@@ -21,6 +21,7 @@ from katcore.protocols import RunsInside, Sandbox, Scaffold
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget
 from katcore.rollout.single import Attempt, Parts, run_rollout
+from katcore.sandbox.lease import open_backend
 from katcore.schema.call import (
     EngineRequest,
     Generation,
@@ -184,13 +185,10 @@ class _Bench:
 
 @asynccontextmanager
 async def _bench(plugins: Plugins, scaffold: Scaffold) -> AsyncIterator[_Bench]:
-    backend = plugins.make("sandbox", "local", {})
     with tempfile.TemporaryDirectory(prefix="katcore-check-") as temporary:
         folder = Path(temporary)
-        try:
+        async with open_backend(plugins, "local", work="scaffolds check") as backend:
             yield _Bench(plugins, scaffold, backend, _task(folder / "tasks"), folder)
-        finally:
-            await backend.close()
 
 
 def _task(root: Path) -> Task:

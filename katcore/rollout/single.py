@@ -131,7 +131,8 @@ async def _work(
     task: Task, opened: tuple[Session, ModelEndpoint], parts: Parts, progress: _Progress
 ) -> bytes:
     session, endpoint = opened
-    async with parts.backend.open(await _machine(task, parts, progress)) as sandbox:
+    spec = replace(await _machine(task, parts, progress), serves=session.spec.session_id)
+    async with parts.backend.open(spec) as sandbox:
         if not isinstance(sandbox, SupportsChanges):
             raise SandboxError(
                 "this sandbox cannot say what was changed; it cannot be judged afresh"
@@ -210,7 +211,8 @@ async def _within(
 async def _judge(
     task: Task, changes: bytes, trajectory: Trajectory, parts: Parts, progress: _Progress
 ) -> None:
-    async with parts.backend.open(task.sandbox) as sandbox:
+    spec = replace(task.sandbox, serves=trajectory.session_id)
+    async with parts.backend.open(spec) as sandbox:
         if isinstance(sandbox, SupportsChanges):
             await sandbox.apply(changes)
         verdict = await parts.verifier.verify(task, sandbox, trajectory)

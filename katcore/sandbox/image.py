@@ -27,6 +27,8 @@ from katcore.sandbox.dockerfile import Dockerfile, Step, parse
 
 HOST = "host"
 """The parent of all images: the machine's own programs, read-only."""
+BUILDING = "building-"
+"""How the name of a folder begins in which something is being built; the builder's mark comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,11 @@ Runner = Callable[[Image, str], bytes]
 
 
 class ImageStore:
-    """Builds, caches and names images under one folder."""
+    """Builds, caches and names images under one folder. `mark` is in the names of unfinished builds."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, mark: str = "") -> None:
         self._root = root
+        self._mark = mark
         self._known: dict[Path, tuple[int, Image]] = {}
         for folder in ("layers", "built", "names"):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,8 @@ class ImageStore:
         run: Runner | None,
     ) -> Image:
         workdir, env, layers = image.workdir, dict(image.env), image.layers
-        with tempfile.TemporaryDirectory(dir=self._root, prefix="building-") as folder:
+        prefix = f"{BUILDING}{self._mark}-"
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
             top = Path(folder) / "layer"
             top.mkdir(mode=0o755)
             for step in dockerfile.steps:

@@ -10,7 +10,8 @@ class SandboxSpec:
 
     `environment` is a folder with a Dockerfile (Harbor's `environment/`); the backend builds it once
     per content and shares it. `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
-    `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`).
+    `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
+    the rollout, for the ledger and for labels.
     """
 
     environment: Path
@@ -19,6 +20,7 @@ class SandboxSpec:
     disk_mib: int = 256
     tools: Path | None = None
     has_door: bool = False
+    serves: str = ""
 
 
 @dataclass(frozen=True, slots=True)

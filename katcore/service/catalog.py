@@ -13,17 +13,22 @@ from katcore.service.process import MARK
 MIGRATE = "migrate"
 """The step that makes or upgrades Airflow's tables."""
 
+_REAP = ("sandbox", "reap", "--every", "60")
 _NOT_INHERITED = ("AIRFLOW", "_AIRFLOW", "MLFLOW_TRACKING", "MLFLOW_BACKEND")
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A process to keep running; one that `is_step` runs once, and those that need it wait for it."""
+    """A process to keep running; one that `is_step` runs once, and those that need it wait for it.
+
+    One without `has_health` is well as long as it runs.
+    """
 
     name: str
     command: tuple[str, ...]
     needs: str = ""
     is_step: bool = False
+    has_health: bool = True
 
 
 def services(layout: Layout, mlflow_port: int) -> tuple[Service, ...]:
@@ -49,6 +54,7 @@ def services(layout: Layout, mlflow_port: int) -> tuple[Service, ...]:
         airflow("api-server", "api-server"),
         airflow("scheduler", "scheduler", "--skip-serve-logs"),
         airflow("dag-processor", "dag-processor"),
+        Service("reaper", _python("katcore.cli", *_REAP), has_health=False),
     )
 
 

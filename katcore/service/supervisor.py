@@ -114,6 +114,7 @@ class Supervisor:
         if self._state.is_ready and is_all_there:
             return []
         well = self._done | self._airflow_well() | self._mlflow_well()
+        well |= {item.name for item in self._services if not item.has_health}
         return [
             item.name
             for item in self._services

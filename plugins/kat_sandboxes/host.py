@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from kat_sandboxes.zygote import warm
+from katcore.sandbox.image import BUILDING
 
 TOOLS = "/opt/kat"
 _TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
@@ -69,17 +71,17 @@ def masked_folders() -> list[str]:
     return [folder for folder in dict.fromkeys(candidates) if os.path.isdir(folder)]
 
 
-def base_layer(layers: Path) -> str:
-    """The lowest layer of all images: folders, links and a minimal /etc. Returns its name."""
+def base_layer(images: Path, mark: str) -> Path:
+    """The lowest layer of all images: folders, links and a minimal /etc. Made if it is not there."""
     content = json.dumps([_FOLDERS, _WRITTEN, links(), shared_folders(), masked_folders()])
-    return _once(layers, "host", content, _write_base)
+    return _once(images, f"layers/host-{_hash(content)}", mark, _write_base)
 
 
-def tools(root: Path) -> Path:
-    """The folder that sandboxes see as /opt/kat: the warm `python3`, and pytest. Returns its path."""
+def tools(images: Path, mark: str) -> Path:
+    """The folder that sandboxes see as /opt/kat: the warm `python3`, and pytest. Made if it is not there."""
     versions = [metadata.version(name) for name in _TEST_PACKAGES]
     content = json.dumps([versions, warm.CLIENT, str(interpreter())])
-    return root / _once(root, "tools", content, _write_tools)
+    return _once(images, f"tools/tools-{_hash(content)}", mark, _write_tools)
 
 
 def _top_level() -> list[str]:
@@ -88,21 +90,24 @@ def _top_level() -> list[str]:
     ]
 
 
-def _once(root: Path, name: str, content: str, write: object) -> str:
-    target = root / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+def _hash(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _once(images: Path, name: str, mark: str, write: Callable[[Path], None]) -> Path:
+    target = images / name
     if not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix="building-") as temporary:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=images, prefix=f"{BUILDING}{mark}-") as temporary:
             folder = Path(temporary) / "layer"
             folder.mkdir(mode=0o755)
-            assert callable(write)
             write(folder)
             try:
                 folder.rename(target)
             except OSError:
                 if not target.exists():
                     raise
-    return target.name
+    return target
 
 
 def _write_base(folder: Path) -> None:

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import platform
+import secrets
 import socket
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,10 +23,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kat_sandboxes import host
+from kat_sandboxes import host, reap
 from kat_sandboxes.zygote import frame
 from katcore.config import home
 from katcore.errors import (
+    SandboxElsewhereError,
     SandboxError,
     SandboxGoneError,
     SandboxTimeoutError,
@@ -32,10 +35,13 @@ from katcore.errors import (
 )
 from katcore.protocols import Sandbox
 from katcore.sandbox.image import Image, ImageStore
+from katcore.sandbox.process import Process
+from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import ExecResult
 from katcore.schema.task import SandboxSpec
 
 _START_TIMEOUT_S = 60.0
+_DOOR, _SENDER = struct.Struct("i"), struct.Struct("3i")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.server import main; main()"
 
 
@@ -58,6 +64,7 @@ class LocalSandbox:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._door: socket.socket | None = None
+        self._machine: Process | None = None
         self._lock = asyncio.Lock()
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -73,7 +80,7 @@ class LocalSandbox:
             raise SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
 
     async def _first(self) -> bytes:
-        """The beginning of the first message; with it comes the door, if there is one."""
+        """The beginning of the first message. With it come its sender's pid, and the door if there is one."""
         loop = asyncio.get_running_loop()
         readable = loop.create_future()
 
@@ -91,10 +98,19 @@ class LocalSandbox:
             ) from error
         finally:
             loop.remove_reader(self._channel)
-        data, descriptors, _, _ = socket.recv_fds(self._channel, 1 << 16, 1)
-        if descriptors:
-            self._door = socket.socket(fileno=descriptors[0])
+        room = sum(socket.CMSG_SPACE(item.size) for item in (_DOOR, _SENDER))
+        data, attached, _, _ = self._channel.recvmsg(1 << 16, room)
+        self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        for _, kind, content in attached:
+            if kind == socket.SCM_RIGHTS:
+                self._door = socket.socket(fileno=_DOOR.unpack(content)[0])
+            elif data:
+                self._machine = _process(_SENDER.unpack(content)[0])
         return data
+
+    def handle(self) -> str:
+        """See `SupportsHandle`: its first process."""
+        return str(self._machine)
 
     def door(self) -> tuple[socket.socket, str]:
         """See `SupportsDoor`."""
@@ -198,11 +214,12 @@ class LocalSandbox:
 
 
 class LocalBackend:
-    """Opens sandboxes on this machine."""
+    """Opens sandboxes on this machine. Its mark names its cgroups, and is on its server's command line."""
 
     def __init__(self, config: LocalConfig) -> None:
-        self._store = ImageStore((config.images or home() / "images").resolve())
+        self._mark = f"katcore-{secrets.token_hex(6)}"
         self._images = (config.images or home() / "images").resolve()
+        self._store = ImageStore(self._images, self._mark)
         self._scaffolds = (config.scaffolds or home() / "scaffolds").resolve()
         self._slots = asyncio.Semaphore(config.max_open)
         self._start_lock = asyncio.Lock()
@@ -227,9 +244,28 @@ class LocalBackend:
             try:
                 await asyncio.to_thread(self._process.wait, 10)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                await asyncio.to_thread(reap.sweep, self._mark, self._images)
                 self._process.wait()
             self._process = None
+
+    def mark(self) -> str:
+        """See `SupportsReap.mark`."""
+        return self._mark
+
+    async def destroy(self, lease: Lease) -> None:
+        """See `SupportsReap.destroy`. With its first process, the kernel ends all of a sandbox."""
+        process = Process.parse(lease.handle)
+        if not process.is_here:
+            raise SandboxElsewhereError(
+                f"{lease.id} is or was on another machine, or in a container"
+            )
+        await asyncio.to_thread(process.kill)
+
+    async def sweep(self, holder: Holder) -> None:
+        """See `SupportsReap.sweep`."""
+        if holder.host != platform.node() and not Process.parse(holder.process).is_here:
+            raise SandboxElsewhereError(f"only a process on {holder.host} can see what is left")
+        await asyncio.to_thread(reap.sweep, holder.mark, self._images)
 
     @asynccontextmanager
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
@@ -243,6 +279,7 @@ class LocalBackend:
     async def _machine(self, spec: SandboxSpec, image: Image) -> AsyncIterator[LocalSandbox]:
         identifier = next(self._ids)
         mine, theirs = socket.socketpair()
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         layers = [*map(str, self._store.folders(image)), self._base]
         request = {
             "id": identifier,
@@ -310,6 +347,9 @@ class LocalBackend:
 
     async def _start(self) -> None:
         async with self._start_lock:
+            if self._process and self._process.poll() is not None:
+                async with self._end_lock:
+                    await self.close()
             if self._process is None:
                 await asyncio.to_thread(self._launch)
                 assert self._requests
@@ -321,12 +361,12 @@ class LocalBackend:
                 f"local sandboxes need Linux namespaces, and this is {platform.system()};"
                 " use a Linux machine or container"
             )
-        self._base = str(self._images / "layers" / host.base_layer(self._images / "layers"))
+        self._base = str(host.base_layer(self._images, self._mark))
         requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         source = str(Path(__file__).resolve().parents[1])
         with theirs:
             self._process = subprocess.Popen(
-                [str(host.interpreter()), "-S", "-c", _BOOT, source],
+                [str(host.interpreter()), "-S", "-c", _BOOT, source, self._mark],
                 stdin=theirs.fileno(),
                 env={"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 start_new_session=True,
@@ -345,7 +385,7 @@ class LocalBackend:
         self.limits = answer["limits"]
 
     def _settings(self) -> dict[str, Any]:
-        tools = host.tools(self._images / "tools")
+        tools = host.tools(self._images, self._mark)
         binds = {folder: folder for folder in host.shared_folders()}
         binds |= {folder: str(tools / "empty") for folder in host.masked_folders()}
         layers = str(self._images / "layers")
@@ -355,7 +395,7 @@ class LocalBackend:
         root = self._images / "root"
         root.mkdir(exist_ok=True)
         return {
-            "name": f"katcore-{os.getpid()}",
+            "name": self._mark,
             "root": str(root),
             "binds": binds,
             "links": host.links(),
@@ -363,6 +403,13 @@ class LocalBackend:
             "interpreter": host.import_path(),
             "overlay": ",userxattr" if os.geteuid() else "",
         }
+
+
+def _process(pid: int) -> Process:
+    try:
+        return Process.of(pid)
+    except ProcessLookupError as error:
+        raise SandboxGoneError("the sandbox died as soon as it was there") from error
 
 
 def _environment() -> dict[str, str]:

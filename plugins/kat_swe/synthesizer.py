@@ -16,7 +16,7 @@ from kat_swe.source import Package, configured_index
 from katcore.dataset.harbor import write_task
 from katcore.errors import TaskError
 from katcore.plugin import Plugins
-from katcore.protocols import SandboxBackend
+from katcore.sandbox.lease import open_backend
 
 _READING_SHARE = 0.4
 _AT_ONCE = 2
@@ -85,11 +85,11 @@ class SweSynthesizer:
     async def _gather(self, report: Callable[[str], None]) -> list[Case]:
         """The cases of all packages, some packages at once."""
         config = self._config
-        backend: SandboxBackend = Plugins.installed().make(
-            "sandbox", config.sandbox, config.sandbox_options
-        )
         slots = asyncio.Semaphore(_AT_ONCE)
-        try:
+        plugins = Plugins.installed()
+        async with open_backend(
+            plugins, config.sandbox, config.sandbox_options, work="swe.synthesize"
+        ) as backend:
             ingester = Ingester(backend, config.index or configured_index())
 
             async def work(package: Package) -> list[Case]:
@@ -99,8 +99,6 @@ class SweSynthesizer:
                     return found
 
             lists = await asyncio.gather(*(work(package) for package in self._packages))
-        finally:
-            await backend.close()
         return [case for part in lists for case in part]
 
 

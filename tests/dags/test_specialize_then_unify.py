@@ -35,6 +35,7 @@ print(json.dumps({
     "tasks": {name: sorted(task.upstream_task_ids) for name, task in dag.task_dict.items()},
     "rules": {name: str(getattr(task.trigger_rule, "value", task.trigger_rule))
               for name, task in dag.task_dict.items()},
+    "teardowns": sorted(name for name, task in dag.task_dict.items() if task.is_teardown),
     "retries": sorted({task.retries for task in dag.task_dict.values()}),
     "params": {name: {"default": param.value, **param.schema} for name, param in module.PARAMS.items()},
 }))
@@ -64,7 +65,17 @@ def plan() -> Plan:
 def test_tasks_and_dependencies_are_the_plans(dag: dict[str, Any], plan: Plan) -> None:
     assert dag["dag_id"] == "specialize_then_unify"
     assert dag["schedule"] is None
-    assert dag["tasks"] == {name: sorted(spec.inputs) for name, spec in plan.stages.items()}
+    stages = {name: found for name, found in dag["tasks"].items() if name != "reap_sandboxes"}
+    assert stages == {name: sorted(spec.inputs) for name, spec in plan.stages.items()}
+
+
+def test_what_killed_stages_left_is_reclaimed_after_the_last_ones(
+    dag: dict[str, Any], plan: Plan
+) -> None:
+    assert dag["teardowns"] == ["reap_sandboxes"]
+    read = {source for spec in plan.stages.values() for source in spec.inputs}
+    assert dag["tasks"]["reap_sandboxes"] == sorted(set(plan.stages) - read)
+    assert dag["rules"]["reap_sandboxes"] == "all_done_setup_success"
 
 
 def test_parsing_is_cheap(dag: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kat_sandboxes import reap
 from kat_sandboxes.local import LocalBackend, LocalConfig
 from katcore.schema.task import SandboxSpec
 from tests.kat_sandboxes.machines import environment, output, processes_with, wait_until
@@ -16,6 +17,7 @@ from tests.kat_sandboxes.machines import environment, output, processes_with, wa
 _CHILD = """
 import asyncio, sys
 from pathlib import Path
+from kat_sandboxes import reap
 from kat_sandboxes.local import LocalBackend, LocalConfig
 from katcore.errors import SandboxUnavailableError
 from katcore.schema.task import SandboxSpec
@@ -50,12 +52,14 @@ def child(folder: Path, command: str, *prefix: str) -> "subprocess.Popen[str]":
 async def test_killed_with_9_it_takes_its_sandboxes_along(tmp_path: Path) -> None:
     process = child(tmp_path, "setsid sleep 70004 & python3 -c 'import time; time.sleep(70004)'")
     await wait_until(lambda: len(processes_with("70004")) >= 4)
-    servers = processes_with("kat_sandboxes.zygote")
-    assert servers
+    (server, *_) = (item for item in processes_with("zygote") if item.ppid() == process.pid)
+    mark = server.cmdline()[-1]
     process.send_signal(signal.SIGKILL)
     process.wait()
     await wait_until(lambda: not processes_with("sleep 70004"))
     await wait_until(lambda: not [p for p in processes_with("70004") if p.pid != process.pid])
+    reap.sweep(mark, tmp_path / "images")
+    assert not list(reap._groups(mark))
 
 
 async def test_closed_it_leaves_no_process(tmp_path: Path) -> None:

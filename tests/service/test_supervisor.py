@@ -42,6 +42,24 @@ def python(name: str, code: str, *, needs: str = "", is_step: bool = False) -> S
     return Service(name, (sys.executable, "-c", code), needs, is_step)
 
 
+def test_a_service_that_cannot_be_asked_is_well_while_it_runs(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (sys.executable, "-c", "import time; time.sleep(60)")
+    running = supervise(layout, [Service("reaper", command, has_health=False)], monkeypatch)
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not ((found := state.read(layout)) and found.is_ready):
+        time.sleep(0.02)
+    assert found
+    assert found.is_ready
+    assert list(found.pids) == ["reaper"]
+    running.stop(15, None)
+    thread.join(30)
+    assert process.marked(process.MARK, str(layout.home)) == []
+
+
 def test_a_service_that_keeps_dying_ends_all_and_is_named(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

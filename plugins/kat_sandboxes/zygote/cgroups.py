@@ -67,11 +67,13 @@ class Groups:
                 os.close(door)
 
     def remove(self) -> None:
-        """Remove all groups. What is still in use stays, for the next to find."""
+        """Remove all groups, those too that an earlier process of the same name made. None is in use."""
         for parent in dict.fromkeys(self.parents.values()):
-            for folder in [*(f"{parent}/{name}" for name in self._limits), parent]:
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(parent):
+                    if entry.is_dir():
+                        os.rmdir(entry.path)
+                os.rmdir(parent)
 
     def _make(self) -> str:
         name = str(len(self._doors))

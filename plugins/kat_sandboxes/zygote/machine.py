@@ -223,9 +223,10 @@ class Machine:
                 os.close(pipe)
             if isinstance(error, ValueError):
                 raise
-            reason = f"{head['argv'][0]}: {error.strerror}\n".encode()
-            missing = {"code": 127, "stdout": 0, "truncated": False}
-            return frame.pack(missing, reason)
+            what = error.filename or head["argv"][0]
+            reason = f"{what}: {error.strerror}\n".encode(errors="surrogateescape")
+            code = 127 if isinstance(error, FileNotFoundError) else 126
+            return frame.pack({"code": code, "stdout": 0, "truncated": False}, reason)
         finally:
             for end in ends:
                 os.close(end)
@@ -240,7 +241,12 @@ class Machine:
             return frame.pack({"ok": True}, file.read())
 
     def _do_write(self, head: dict[str, Any], body: bytes) -> bytes:
-        os.makedirs(os.path.dirname(head["path"]) or "/", exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(head["path"]) or "/", exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
+            ) from None
         with open(head["path"], "wb", opener=_at_once) as file:
             file.write(body)
         return frame.pack({"ok": True})

@@ -33,8 +33,10 @@ def main() -> None:
     gc.freeze()
     gc.disable()
     requests.send(json.dumps({"limits": groups.kind}).encode())
+    server = Server(requests, settings, groups)
     with contextlib.suppress(ConnectionError):
-        Server(requests, settings, groups).serve()
+        server.serve()
+    server.end_all()
     groups.remove()
 
 
@@ -107,6 +109,11 @@ class Server:
             else:
                 self._end(request["id"])
                 self._requests.send(b"{}")
+
+    def end_all(self) -> None:
+        """End what is still open."""
+        for identifier in list(self._open):
+            self._end(identifier)
 
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
         spec = request | {key: self._settings[key] for key in ("shared", "interpreter", "overlay")}
