@@ -83,7 +83,8 @@ class RlSettings(Settings):
     `failed_penalty` is taken off the advantage of an answer whose tool call failed.
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
-    `kl` holds the policy to the model it started as; `entropy` is a bonus. `old` says whose log-probabilities
+    `kl` holds the policy to the model it started as; `entropy` is a bonus; `imitation` weighs the likelihood
+    of its own answers in rollouts that passed. `old` says whose log-probabilities
     the ratio starts from: the sampler's, or the trainer's own; then `correction` leaves out tokens on which
     they differ by a factor outside `correction_range` (IcePop), or weighs by it, at most the upper bound.
     """
@@ -104,6 +105,7 @@ class RlSettings(Settings):
     mean: Literal["rollout", "unit"] = "rollout"
     kl: float = Field(default=0.0, ge=0)
     entropy: float = Field(default=0.0, ge=0)
+    imitation: float = Field(default=0.0, ge=0)
     old: Literal["sampler", "trainer"] = "sampler"
     correction: Literal["none", "icepop", "truncate"] = "none"
     correction_range: tuple[float, float] = (0.5, 5.0)

@@ -27,7 +27,7 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.advantage import group_advantages, penalised
+from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
 from katcore.train.trainer import Schedule, Trainer
@@ -72,6 +72,7 @@ class _Loop:
             settings.temperature,
             kl=settings.kl,
             entropy=settings.entropy,
+            imitation=settings.imitation,
             correction=_correction(settings),
         )
         self._reference = None
@@ -119,6 +120,10 @@ class _Loop:
         samples = samples_of(self._job, self._expert, rollouts)
         advantages = group_advantages(samples, discount=settings.discount)
         advantages = penalised(advantages, samples, settings.failed_penalty)
+        if settings.imitation:
+            for sample in samples:
+                if sample.reward == 1.0:
+                    advantages.setdefault(sample.rollout_id, no_advantage(sample))
         useful = [sample for sample in samples if sample.rollout_id in advantages]
         old = None
         if settings.old == "trainer":

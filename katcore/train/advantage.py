@@ -38,6 +38,11 @@ def group_advantages(samples: Sequence[Sample], *, discount: float = 1.0) -> Adv
     return advantages
 
 
+def no_advantage(sample: Sample) -> Rows:
+    """Nothing to reinforce."""
+    return ((0.0,) * (1 + turns(sample)[-1]),)
+
+
 def _returns(sample: Sample, discount: float) -> tuple[float, ...]:
     num = 1 + turns(sample)[-1]
     return tuple(float(sample.reward or 0.0) * discount ** (num - 1 - turn) for turn in range(num))
@@ -51,7 +56,7 @@ def penalised(advantages: Advantages, samples: Sequence[Sample], penalty: float)
     found = dict(advantages)
     for sample in samples:
         if penalty and sample.failed:
-            rows = advantages.get(sample.rollout_id, ((0.0,) * (1 + turns(sample)[-1]),))
+            rows = advantages.get(sample.rollout_id, no_advantage(sample))
             found[sample.rollout_id] = tuple(
                 tuple(value - penalty * (turn in sample.failed) for turn, value in enumerate(row))
                 for row in rows

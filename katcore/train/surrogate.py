@@ -46,6 +46,8 @@ class Clipped:
     """Shape of the surrogate. `clip_high` is above 1, `clip_low` below; `temperature` is the sampler's.
 
     Per token, `entropy` weighs a bonus for it, and `kl` a cost, the k3 estimate of KL(policy || reference).
+    `imitation` weighs the negative log-likelihood of answers that did not fail, in rollouts that passed
+    (VAPO, arXiv 2504.05118, section 4.3).
     """
 
     level: Level = "token"
@@ -55,6 +57,7 @@ class Clipped:
     temperature: float = 1.0
     kl: float = 0.0
     entropy: float = 0.0
+    imitation: float = 0.0
     correction: Correction | None = None
 
 
@@ -99,7 +102,7 @@ class PolicyGradient:
         gain_U = gain_U + joined.minus_U * ratio_U.clamp(min=1 - shape.clip_low)
         self._count(joined, ratio_U.detach(), keep_N)
         loss = -(weight_U * gain_U).sum()
-        if shape.kl or shape.entropy:
+        if shape.kl or shape.entropy or shape.imitation:
             loss = loss + self._per_token(logits_NV, logprob_N, batch, samples, trees)
         return loss
 
@@ -150,6 +153,8 @@ class PolicyGradient:
         if self._shape.entropy:
             scaled_NV = (logits_NV / self._shape.temperature).log_softmax(1)
             cost_N = cost_N + self._shape.entropy * (scaled_NV.exp() * scaled_NV).sum(1)
+        if self._shape.imitation:
+            cost_N = cost_N - self._shape.imitation * _is_good(batch, samples) * logprob_N
         return (batch.weights_N * scale[batch.rows_N] * cost_N).sum()
 
     def _count(self, joined: "_Joined", ratio_U: Tensor, keep_N: Tensor) -> None:
@@ -202,6 +207,14 @@ class _Joined:
         if self._is_mean:
             sum_U = sum_U / zero_U.index_add(0, self._unit_P, kept_P).clamp(min=1)
         return sum_U.exp()
+
+
+def _is_good(batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+    """1 for tokens of answers that did not fail, in rollouts that passed; 0 for others, (N,)."""
+    pairs = zip(batch.rows_N.tolist(), batch.turns_N.tolist(), strict=True)
+    return _float64(
+        samples[row].reward == 1.0 and turn not in samples[row].failed for row, turn in pairs
+    )
 
 
 def _float64(values: Iterable[float]) -> Tensor:

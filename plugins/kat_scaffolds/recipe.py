@@ -233,6 +233,8 @@ _MINI_SWE_AGENT = CommandConfig(
         "MSWEA_CONFIGURED": "true",
         "MSWEA_COST_TRACKING": "ignore_errors",
         "MSWEA_GLOBAL_CONFIG_DIR": "/tmp/home/mini",
+        # By default it repeats a refused request for minutes.
+        "MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT": "3",
         "MSWEA_SILENT_STARTUP": "1",
     },
 )  # fmt: skip

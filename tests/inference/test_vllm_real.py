@@ -106,7 +106,8 @@ async def server(start: Start) -> AsyncIterator[VllmServer]:
     processes = psutil.Process(made._process.pid).children(recursive=True)
     assert processes
     await made.close()
-    assert not [item for item in processes if item.is_running()]
+    alive = [item for item in processes if item.is_running()]
+    assert all(item.status() == psutil.STATUS_ZOMBIE for item in alive)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -144,7 +144,10 @@ def rows() -> list[Sample]:
     torch.manual_seed(3)
     trained = [False, True, True, False, True, True]
     return [
-        with_old(line(torch.randint(VOCABULARY, (6,)).tolist(), trained, rollout_id=f"r{n}"), n)
+        with_old(
+            line(torch.randint(VOCABULARY, (6,)).tolist(), trained, rollout_id=f"r{n}", reward=1.0),
+            n,
+        )
         for n in range(3)
     ]
 
@@ -166,7 +169,7 @@ def test_the_gradient_is_that_of_finite_differences(
     old = {one.rollout_id: (batch.old_N[:4] + 0.2).tolist() for one in samples}
     objective = PolicyGradient(
         ADVANTAGES,
-        Clipped(level, "rollout", kl=0.1, entropy=0.05, correction=correction),
+        Clipped(level, "rollout", kl=0.1, entropy=0.05, imitation=0.2, correction=correction),
         old=old,
         reference=lambda batch, samples: batch.old_N - 0.3,
     )
@@ -322,6 +325,17 @@ def test_a_policy_does_not_leave_itself() -> None:
     assert float(loss_of(other, samples)) > 0.01
     with pytest.raises(ValueError, match="needs a reference"):
         PolicyGradient(nothing, Clipped(kl=1.0))
+
+
+def test_what_passed_is_imitated_but_for_answers_that_failed() -> None:
+    samples = [replace(one, reward=float(n != 1)) for n, one in enumerate(rows())]
+    samples[2] = replace(samples[2], failed=(0,))
+    nothing = {one.rollout_id: ((0.0, 0.0),) for one in samples}
+    batch = collate(samples)
+    logits = logits_of(batch).detach()
+    found = PolicyGradient(nothing, Clipped(imitation=0.3))(logits, batch, samples)
+    logprob = logits.log_softmax(1).gather(1, batch.targets_N[:, None])[:, 0]
+    assert float(found) == pytest.approx(-0.3 * float(logprob[:4].sum() + logprob[10:].sum()))
 
 
 def test_ids_that_were_not_sampled_are_refused() -> None:
