@@ -57,7 +57,7 @@ def read_answer(data: bytes, *, is_streamed: bool) -> Answer:
         call_id = chunk["id"]
         for choice in chunk["choices"]:
             text += choice["delta"].get("content") or ""
-            finish = choice["finish_reason"] or finish
+            finish = choice.get("finish_reason") or finish
     if finish is None:
         raise ValueError("the stream does not say why it ended")
     return Answer(call_id, text)

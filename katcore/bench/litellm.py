@@ -117,6 +117,8 @@ def _config(mock_url: str) -> dict[str, object]:
     }
     return {
         "model_list": [model],
+        # It listens on loopback, for the time of the benchmark, and has nothing behind it but the mock.
+        "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},
         "litellm_settings": {
             "callbacks": [],
             "num_retries": 0,

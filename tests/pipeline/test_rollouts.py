@@ -164,4 +164,4 @@ def test_a_stage_trains_on_token_trees_only(tmp_path: Path) -> None:
         samples = samples_of(job, replace(expert, formatter=name), made)
         assert [sample.rollout_id for sample in samples] == ["a", "b"]
     with pytest.raises(StageError, match="expert 'swe': formatter 'chat' makes no token trees"):
-        samples_of(job, replace(expert, formatter="chat"), made)
+        samples_of(job, replace(expert, formatter="chat", formatter_options={}), made)
