@@ -28,3 +28,4 @@ class Sample:
     origin: Origin
     policy_version: str
     failed: tuple[int, ...] = ()
+    scaffold: str = ""

@@ -1,4 +1,4 @@
-"""Advantages of rollouts in the group of a task (GRPO, arXiv 2402.03300), one for each turn."""
+"""Advantages of rollouts in the group of a task and scaffold (GRPO, arXiv 2402.03300), one for each turn."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -12,16 +12,16 @@ Advantages = dict[str, Rows]
 
 
 def group_advantages(samples: Sequence[Sample], *, discount: float = 1.0) -> Advantages:
-    """(G - mean) / (std + 1e-6) of the turns' returns in the rollouts of each task.
+    """(G - mean) / (std + 1e-6) of the turns' returns in the rollouts of a task by one scaffold.
 
     The return G of turn n of N is the rollout's reward times discount^(N - n): what was said long before the
     end earns less of a success, so wasted turns cost. With a discount of 1 each turn has its rollout's
     reward, as in GRPO. Mean and deviation count each rollout once, however many turns it has (as the
     turn-level objective does, with 1 / N). Groups without variance are left out.
     """
-    groups: dict[str, list[Sample]] = {}
+    groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        groups.setdefault(sample.task_id, []).append(sample)
+        groups.setdefault((sample.task_id, sample.scaffold), []).append(sample)
     advantages: Advantages = {}
     for group in groups.values():
         if len({sample.reward for sample in group}) > 1:

@@ -69,6 +69,7 @@ def tree_sample(
         tuple(
             number for number, turn in enumerate(tree.answers) if _has_failed(turns, turn, failed)
         ),
+        rollout.scaffold,
     )
 
 

@@ -54,6 +54,12 @@ def test_a_lost_sample_changes_no_other_groups_advantage() -> None:
     assert {key: group_advantages(one + other)[key] for key in alone} == alone
 
 
+def test_scaffolds_are_not_compared_with_each_other() -> None:
+    a, b = rollouts_of_turns({"a": (1, 1.0), "b": (1, 0.0)})
+    assert set(group_advantages([a, b])) == {"a", "b"}
+    assert not group_advantages([replace(a, scaffold="cline"), replace(b, scaffold="codex")])
+
+
 def test_an_answer_that_failed_is_worth_less_in_any_rollout() -> None:
     a, b = rollouts_of_turns({"a": (3, 1.0), "b": (2, 0.0)})
     samples = [replace(a, failed=(1,)), b]
