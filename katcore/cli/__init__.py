@@ -176,12 +176,13 @@ def view(
         Path | None,
         typer.Option(help="Folder of the pages; view/ beside the file or beside stages/ if empty."),
     ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="The first so many rollouts; 0: all.")] = 0,
 ) -> None:
     """Write a page for each rollout, down to its tokens, to read offline; prints where."""
     from katcore.pipeline.view import write_views
 
     with errors_said():
-        typer.echo(write_views(path, out))
+        typer.echo(write_views(path, out, limit=limit))
 
 
 @app.command()

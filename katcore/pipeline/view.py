@@ -5,7 +5,7 @@ Everything in a rollout is untrusted text: the task's, the sandbox's and the mod
 
 import hashlib
 import re
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,8 +32,8 @@ _FAULTS = {
 }
 
 
-def write_views(source: Path, out: Path | None = None) -> Path:
-    """Write a page for each rollout of a file, and an index; returns the index.
+def write_views(source: Path, out: Path | None = None, *, limit: int = 0) -> Path:
+    """Write a page for each rollout of a file (with `limit`, of the first ones), and an index; returns it.
 
     `source` is the file, or a folder with a `rollouts.jsonl`; a `tokens.json` beside it has the text of each
     token id. One rollout is in memory at a time. Without `out` the pages go to `view/` beside the file,
@@ -49,7 +49,7 @@ def write_views(source: Path, out: Path | None = None) -> Path:
         folder = out or _beside(path)
         rows: list[list[str]] = []
         taken = {Path(INDEX).stem}
-        for rollout in read_rollouts(path):
+        for rollout in islice(read_rollouts(path), limit or None):
             folder.mkdir(parents=True, exist_ok=True)
             name = page_name(rollout.id, taken)
             write(folder / name, render(rollout, texts))

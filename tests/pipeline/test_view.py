@@ -422,6 +422,9 @@ def test_the_index_lists_all_and_links_to_each(tmp_path: Path) -> None:
         assert said in text, said
     assert f"<td class=number>{len(turns)}</td><td class=number>{num_tokens:,}</td>" in text
     assert "⟨" not in strip((index.parent / "s.html").read_text(), "trained")
+    first = write_views(tmp_path, tmp_path / "first", limit=1)
+    assert "1 of them" in first.read_text()
+    assert len(list(first.parent.iterdir())) == 2
 
 
 def test_without_texts_of_tokens_ids_are_shown(tmp_path: Path) -> None:
