@@ -9,28 +9,14 @@ from katcore.bench.exchange import MODEL
 from katcore.proxy import anthropic_messages, chat_completions, responses
 from katcore.proxy.dialect import Dialect
 from katcore.schema.call import Message, Tool
+from katcore.trajectory.wire import message_dict, tool_dicts
 
 Body = dict[str, Any]
 
 
 def _chat(messages: Sequence[Message], tools: Sequence[Tool]) -> Body:
-    said: list[Body] = []
-    for message in messages:
-        entry: Body = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            entry["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in message.tool_calls
-            ]
-        if message.role == "tool":
-            entry["tool_call_id"] = message.tool_call_id
-        said.append(entry)
-    offered = [{"type": "function", "function": _function(tool)} for tool in tools]
-    return {"model": MODEL, "messages": said, "tools": offered, "stream": True}
+    said = [message_dict(message) for message in messages]
+    return {"model": MODEL, "messages": said, "tools": tool_dicts(tools), "stream": True}
 
 
 def _responses(messages: Sequence[Message], tools: Sequence[Tool]) -> Body:
@@ -58,7 +44,7 @@ def _responses(messages: Sequence[Message], tools: Sequence[Tool]) -> Body:
             }
             for call in message.tool_calls
         ]
-    offered = [{"type": "function", **_function(tool)} for tool in tools]
+    offered = [{"type": "function", **entry["function"]} for entry in tool_dicts(tools)]
     return {
         "model": MODEL,
         "instructions": system.content,
@@ -106,11 +92,6 @@ def _anthropic(messages: Sequence[Message], tools: Sequence[Tool]) -> Body:
         "tools": offered,
         "stream": True,
     }
-
-
-def _function(tool: Tool) -> Body:
-    parameters = orjson.loads(tool.parameters)
-    return {"name": tool.name, "description": tool.description, "parameters": parameters}
 
 
 DIALECTS: Mapping[str, tuple[Dialect, Callable[[Sequence[Message], Sequence[Tool]], Body]]] = {

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from katcore.trajectory.calls import write_all
+
 
 @contextmanager
 def scratch(root: Path) -> Iterator[Path]:
@@ -33,13 +35,6 @@ def bare_fsync_ms(folder: Path, size: int, times: int) -> list[float]:
         os.close(file)
         path.unlink()
     return taken
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write all of `data`."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
 
 
 def percentile(values: list[float], share: float) -> float | None:

@@ -18,11 +18,11 @@ import orjson
 from katcore.bench.agent import Agent
 from katcore.bench.aim import Aim
 from katcore.bench.body import DIALECTS
-from katcore.bench.disk import machine, scratch, write_all
+from katcore.bench.disk import machine, scratch
 from katcore.bench.process import Process
 from katcore.schema.call import ModelCall
 from katcore.schema.codec import to_json
-from katcore.trajectory.calls import CallLog, read_calls
+from katcore.trajectory.calls import CallLog, read_calls, write_all
 
 _WRITERS = (1, 64)
 _MEMORY = tuple(path for path in (Path("/dev/shm"),) if path.is_dir())

@@ -83,6 +83,7 @@ class PolicyGradient:
         self._shape = shape
         self._old = old
         self._reference = reference
+        self._made: dict[tuple[str, Weighting], Units] = {}
         self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
 
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
@@ -120,8 +121,14 @@ class PolicyGradient:
         return found
 
     def _units(self, sample: Sample, weighting: Weighting) -> Units:
-        shape, rows = self._shape, self._advantages[sample.rollout_id]
-        return units(sample, rows, level=shape.level, mean=shape.mean, weighting=weighting)
+        """Those of a rollout, made once: a step goes over its rollouts several times."""
+        key = (sample.rollout_id, weighting)
+        if key not in self._made:
+            shape, rows = self._shape, self._advantages[sample.rollout_id]
+            self._made[key] = units(
+                sample, rows, level=shape.level, mean=shape.mean, weighting=weighting
+            )
+        return self._made[key]
 
     def _corrected(self, apart_N: Tensor, joined: "_Joined") -> tuple[Tensor, Tensor]:
         """The weight of each unit, and which tokens stay. `apart_N` is log pi_old / pi_sampler."""

@@ -61,13 +61,18 @@ class CallLog:
     def _write(self, data: bytes) -> None:
         start = os.fstat(self._file).st_size
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._file, view) :]
+            write_all(self._file, data)
             os.fdatasync(self._file)
         except OSError:
             os.ftruncate(self._file, start)
             raise
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of `data`, in as many pieces as the kernel takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
 
 
 def read_calls(path: Path) -> Iterator[ModelCall]:

@@ -11,6 +11,7 @@ from katcore.schema.call import Message, Tool
 from katcore.schema.rollout import Rollout, TurnRole
 from katcore.trajectory.canonical import canonical, chain
 from katcore.trajectory.conversation import Said, conversation, leaves
+from katcore.trajectory.failed import has_failed
 from katcore.trajectory.wire import message_dict, tool_dicts
 
 Row = dict[str, Any]
@@ -86,11 +87,8 @@ class ChatFormatter:
 
     def _masked(self, pair: list[_Line]) -> list[_Line]:
         answer = pair[0].message
-        results = [line.message for line in pair[1:] if line.message.role == "tool"]
-        if not answer.tool_calls:
-            results = [line.message for line in pair[1:2]]
-        beginnings = self._config.mask_failed
-        if beginnings and any(result.content.startswith(beginnings) for result in results):
+        after, beginnings = [line.message for line in pair[1:]], self._config.mask_failed
+        if has_failed(after, beginnings, has_tool_calls=bool(answer.tool_calls)):
             return [_Line(answer, is_trained=False), *pair[1:]]
         return pair
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from katcore.schema.call import Origin
 from katcore.schema.rollout import Rollout, Turn, TurnRole
 from katcore.schema.sample import Sample
+from katcore.trajectory.failed import has_failed
 
 TRAINED: tuple[TurnRole, ...] = ("main", "subagent", "post-compaction")
 
@@ -139,13 +140,12 @@ def _extents(turns: Sequence[Turn], kept: Sequence[bool]) -> list[int]:
 
 def _has_failed(turns: Sequence[Turn], number: int, failed: tuple[str, ...]) -> bool:
     """Whether what came back to a turn's answer begins as a failure does."""
-    after = next((turn for turn in turns[number + 1 :] if turn.parent == number), None)
-    if after is None or not failed:
+    if not failed:
         return False
-    results = [message for message in after.messages if message.role == "tool"]
-    if not turns[number].tool_calls:
-        results = list(after.messages[:1])
-    return any(message.content.startswith(failed) for message in results)
+    after = next((turn for turn in turns[number + 1 :] if turn.parent == number), None)
+    if after is None:
+        return False
+    return has_failed(after.messages, failed, has_tool_calls=bool(turns[number].tool_calls))
 
 
 def _leaves(parents: Sequence[int]) -> list[int]:

@@ -62,8 +62,7 @@ class Changes(Declared):
             archive = await _changes(sandbox)
             there = await output(sandbox, _LIST)
         async with backend.open(filled) as sandbox:
-            assert isinstance(sandbox, SupportsChanges)
-            await sandbox.apply(archive)
+            await _apply(sandbox, archive)
             assert (await output(sandbox, _LIST)).splitlines() == there.splitlines()
 
     @needs("has_changes")
@@ -82,13 +81,11 @@ class Changes(Declared):
     ) -> None:
         async with backend.open(filled) as one, backend.open(filled) as two:
             await output(one, "rm a; echo x > sub/new; ln -s b l; chmod +x b; rm -r sub/deep")
-            assert isinstance(two, SupportsChanges)
-            await two.apply(await _changes(one))
+            await _apply(two, await _changes(one))
             passed_on = await _changes(two)
             there = await output(one, _LIST)
         async with backend.open(filled) as three:
-            assert isinstance(three, SupportsChanges)
-            await three.apply(passed_on)
+            await _apply(three, passed_on)
             assert await output(three, _LIST) == there
 
     @needs("has_changes")
@@ -97,11 +94,15 @@ class Changes(Declared):
     ) -> None:
         async with backend.open(filled) as one, backend.open(filled) as two:
             await output(one, "echo x > /tmp/passing; echo x > kept")
-            assert isinstance(two, SupportsChanges)
-            await two.apply(await _changes(one))
+            await _apply(two, await _changes(one))
             assert await output(two, "ls /tmp; cat kept") == "x"
 
 
 async def _changes(sandbox: Sandbox) -> bytes:
     assert isinstance(sandbox, SupportsChanges)
     return await sandbox.changes()
+
+
+async def _apply(sandbox: Sandbox, changes: bytes) -> None:
+    assert isinstance(sandbox, SupportsChanges)
+    await sandbox.apply(changes)
