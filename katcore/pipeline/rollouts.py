@@ -20,6 +20,7 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Outcome, Rollout
 from katcore.schema.sample import Sample
 from katcore.schema.task import Task
+from katcore.trajectory.calls import drop_torn_line
 
 _MAX_LOST = 0.1
 
@@ -117,11 +118,8 @@ class RolloutFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                path.write_bytes(whole)
+        path.touch()
+        drop_torn_line(path)
         self._file = path.open("ab", buffering=0)
 
     def append(self, rollout: Rollout) -> None:
