@@ -79,7 +79,10 @@ class RlSettings(Settings):
     """Group-relative policy optimisation on verifier rewards.
 
     `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
+    `tasks`: all, or those without a demonstration (`unseen`), whose answers SFT has not learnt by heart.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
+    `baseline` is what a turn is compared with: all turns of its group, scaled (`group`, as GRPO), or the same
+    turn in the group's other rollouts (`turn`), which also tells quick successes from slow ones.
     `failed_penalty` is taken off the advantage of an answer whose tool call failed.
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
@@ -90,12 +93,14 @@ class RlSettings(Settings):
     """
 
     steps: int = 24
+    tasks: Literal["all", "unseen"] = "all"
     prompts: int = 32
     group: int = 4
     lr: float = 1.5e-4
     warmup: int = 4
     final_lr: float = 0.3
     discount: float = 0.8
+    baseline: Literal["group", "turn"] = "group"
     failed_penalty: float = Field(default=0.0, ge=0)
     epochs: int = 3
     minibatches: int = 2

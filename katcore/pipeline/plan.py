@@ -112,7 +112,9 @@ def _expert_stages(expert: Expert, preset: Preset, seed: int) -> list[StageSpec]
             "collect", "base", "synthesize", config=rollout | _dump(preset, "collect"), uses=offers
         ),
         stage("sft", "base", "collect", config=_dump(preset, "sft") | {"seed": seed}),
-        stage("rl", "sft", "synthesize", config=rollout | _dump(preset, "rl"), uses=offers),
+        stage(
+            "rl", "sft", "synthesize", "collect", config=rollout | _dump(preset, "rl"), uses=offers
+        ),
         stage(
             "evaluate",
             "base",

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 
 from katcore.config import RlSettings
+from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
@@ -24,6 +25,7 @@ from katcore.pipeline.rollouts import (
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt, Parts
 from katcore.schema.call import Sampling
+from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
@@ -84,7 +86,7 @@ class _Loop:
         settings, job = self._settings, self._job
         saved = self._trainer.load(job.checkpoint)
         rewards: list[float] = list(saved.get("rewards", []))
-        tasks = tasks_of(job, self._expert, "train")
+        tasks = tasks_to_attempt(job, self._expert)
         frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         file = RolloutFile(job.out / "rollouts.jsonl")
@@ -118,7 +120,9 @@ class _Loop:
     def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
         settings = self._settings
         samples = samples_of(self._job, self._expert, rollouts)
-        advantages = group_advantages(samples, discount=settings.discount)
+        advantages = group_advantages(
+            samples, discount=settings.discount, baseline=settings.baseline
+        )
         advantages = penalised(advantages, samples, settings.failed_penalty)
         if settings.imitation:
             for sample in samples:
@@ -146,6 +150,23 @@ class _Loop:
                 "failed": statistics.fmean(len(sample.failed) for sample in samples),
             }
         )
+
+
+def tasks_to_attempt(job: Job, expert: Expert) -> list[Task]:
+    """The tasks that steps are drawn from."""
+    tasks = tasks_of(job, expert, "train")
+    if job.preset.rl.tasks == "all":
+        return tasks
+    demonstrations = job.input(f"{expert.name}.collect") / "rollouts.jsonl"
+    seen = {rollout.task_id for rollout in read_lines(Rollout, demonstrations)}
+    unseen = [task for task in tasks if task.id not in seen]
+    if len(unseen) < job.preset.rl.prompts:
+        raise StageError(
+            f"expert {expert.name!r}: {len(unseen)} of {len(tasks)} tasks have no demonstration, and a step"
+            f" attempts {job.preset.rl.prompts}; lower collect.max_tasks, have more tasks made"
+            " (synthesis), or set rl.tasks: all"
+        )
+    return unseen
 
 
 def _correction(settings: RlSettings) -> Correction | None:
