@@ -9,7 +9,7 @@ recorded; they are trained on only where the settings say so.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,12 @@ def _teacher(domain: Domain, student: Any) -> Any:
 
 
 def _measured(domain: Domain) -> list[Rollout]:
-    return [item for path in domain.measured for item in read_lines(Rollout, path)]
+    """What the teacher was evaluated by; tasks that name no domain are of its own."""
+    return [
+        replace(item, domain=item.domain or domain.name)
+        for path in domain.measured
+        for item in read_lines(Rollout, path)
+    ]
 
 
 def _late_samples(job: Job, domain: Domain) -> list[Sample]:
@@ -283,7 +288,8 @@ def _late_samples(job: Job, domain: Domain) -> list[Sample]:
     Those that failed too: what the teacher does when a try did not help is half of what it can do.
     """
     rollouts = list(read_lines(Rollout, domain.late)) if domain.late else []
-    samples = samples_of(job, domain.expert, rollouts[len(rollouts) // 2 :])
+    late = [replace(item, domain=domain.name) for item in rollouts[len(rollouts) // 2 :]]
+    samples = samples_of(job, domain.expert, late)
     if not samples:
         raise StageError(
             f"{domain.name}: its teacher left no scored rollout to begin with; set cold_steps: 0"
