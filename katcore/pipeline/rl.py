@@ -7,7 +7,9 @@ updates each; log-probabilities of the behaviour policy are the sampler's.
 import asyncio
 import copy
 import statistics
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from katcore.config import RlSettings
 from katcore.errors import StageError
@@ -15,15 +17,15 @@ from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
 from katcore.pipeline.rollouts import (
-    RolloutFile,
-    Rollouts,
+    StepRollouts,
     engine_settings,
+    facts_of,
     open_rollouts,
     samples_of,
     tasks_of,
 )
 from katcore.pipeline.stage import Job
-from katcore.rollout.single import Attempt, Parts
+from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
 from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
@@ -38,8 +40,14 @@ from katcore.train.trainer import Schedule, Trainer
 def run(job: Job) -> dict[str, float]:
     """Write `model/`, `rollouts.jsonl` and `calls.jsonl`."""
     limit_threads(job.preset.expert_threads)
+    expert = job.plugins.experts()[job.spec.expert]
+    start = job.input(f"{expert.name}.sft") / "model"
+    return train(job, start, expert, tasks_to_attempt(job, expert))
+
+
+def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[str, float]:
+    """Train the model of a folder on tasks, by the parts that an expert names; see `run`."""
     settings = job.preset.rl
-    start = job.input(f"{job.spec.expert}.sft") / "model"
     model = load_policy(start)
     schedule = Schedule(
         settings.lr,
@@ -48,8 +56,8 @@ def run(job: Job) -> dict[str, float]:
         final_lr=settings.final_lr,
     )
     trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
-    loop = _Loop(job, trainer, ChatTokenizer(start))
-    rewards = asyncio.run(loop.run())
+    loop = _Loop(job, trainer, ChatTokenizer(start), expert)
+    rewards = asyncio.run(loop.run(tasks))
     save_policy(model, job.out / "model", tokenizer=start)
     edge = max(1, len(rewards) // 5)
     return {
@@ -59,11 +67,11 @@ def run(job: Job) -> dict[str, float]:
 
 
 class _Loop:
-    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer) -> None:
+    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer, expert: Expert) -> None:
         self._job = job
         self._trainer = trainer
         self._settings = job.preset.rl
-        self._expert: Expert = job.plugins.experts()[job.spec.expert]
+        self._expert = expert
         self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
         settings = self._settings
         self._shape = Clipped(
@@ -81,41 +89,34 @@ class _Loop:
         if settings.kl:
             self._reference = Reference(copy.deepcopy(trainer.model), settings.temperature)
 
-    async def run(self) -> list[float]:
+    async def run(self, tasks: Sequence[Task]) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
         settings, job = self._settings, self._job
         saved = self._trainer.load(job.checkpoint)
         rewards: list[float] = list(saved.get("rewards", []))
-        tasks = tasks_to_attempt(job, self._expert)
         frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
-        file = RolloutFile(job.out / "rollouts.jsonl")
+        steps = StepRollouts(job.out / "rollouts.jsonl", "rl", len(rewards))
         async with open_rollouts(job) as rollouts:
             parts = rollouts.parts(self._expert, sampling)
             for step in range(len(rewards), settings.steps):
+                started_s = time.perf_counter()
                 self._engine.weights_changed(str(step))
-                chosen = frontier.choose(settings.prompts, step)
-                made = await self._make(rollouts, parts, chosen, step)
-                for rollout in made:
-                    file.append(rollout)
+                attempts = (
+                    Attempt(task, self._engine, number, steps.label(step))
+                    for task in frontier.choose(settings.prompts, step)
+                    for number in range(settings.group)
+                )
+                made = await steps.make(rollouts, attempts, parts, step)
+                metrics = facts_of(made, time.perf_counter() - started_s)
                 frontier.learn(made)
-                metrics = self._learn(made) | {"pass_rate": frontier.pass_rate}
+                metrics |= self._learn(made) | {"pass_rate": frontier.pass_rate}
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
                     self._trainer.save(job.checkpoint, rewards=rewards, rates=frontier.rates)
-        file.close()
+        steps.close()
         return rewards
-
-    async def _make(
-        self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int
-    ) -> list[Rollout]:
-        attempts = (
-            Attempt(task, self._engine, number, f"rl-{step}")
-            for task in tasks
-            for number in range(self._settings.group)
-        )
-        return [rollout async for rollout in rollouts.run(attempts, parts)]
 
     def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
         settings = self._settings
@@ -138,16 +139,12 @@ class _Loop:
             part = useful[number % settings.minibatches :: settings.minibatches]
             if part:
                 metrics = self._trainer.update(part, objective)
-        scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-        turns = [len(rollout.trajectory.turns) for rollout in rollouts]
         return (
             metrics
             | objective.rates()
             | {
-                "reward": statistics.fmean(scored) if scored else 0.0,
                 "num_useful": float(len(useful)),
-                "turns": statistics.fmean(turns),
-                "failed": statistics.fmean(len(sample.failed) for sample in samples),
+                "failed": sum(len(sample.failed) for sample in samples) / max(1, len(samples)),
             }
         )
 
