@@ -1,9 +1,10 @@
 """The agent's tools, run inside the sandbox: `t` and `fix "OLD NEW" [N]`.
 
 `fix` replaces the Nth OLD of the function (by default the first), or removes it where there is no NEW, and
-runs the failing test. Where just that was tried, it takes the next OLD; where the function has no OLD, the
-word most like it of those left to try. It starts from the function as it was given, so that a wrong try needs
-no undoing. What it says of a try that did not help ends with the words that are left to try.
+runs the failing test. In NEW, `@` is OLD itself; `~` is OLD with the two sides of its comma changed over.
+Where just that was tried, it takes the next OLD; where the function has no OLD, the word most like it of those
+left to try. It starts from the function as it was given, so that a wrong try needs no undoing. What it says of
+a try that did not help ends with the words that are left to try.
 `task.json` says where the function is, which test fails, and which edits a function like it invites.
 """
 
@@ -13,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kat_swe.inside.edit import places, replaced
+from kat_swe.inside.edit import meant, places, replaced
 from kat_swe.inside.probe import ROOT, limit, probe
 
 _USAGE = 'usage: fix "OLD NEW" [N]'
@@ -45,6 +46,7 @@ def fix(task: dict[str, Any], request: list[str]) -> str:
     if not any(places(shown_lines, old)):
         old = next(iter(get_close_matches(old, untried(task, done), n=1, cutoff=_LIKENESS)), old)
     found = list(places(shown_lines, old))
+    new = meant(old, new)
     first = int(which or 1)
     if not 1 <= first <= len(found):
         return f"error: {len(found) or 'no'} {old[:20]} here\n{left(task, done)}"
