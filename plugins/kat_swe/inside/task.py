@@ -2,9 +2,9 @@
 
 `fix` replaces the Nth OLD of the function (by default the first), or removes it where there is no NEW, and
 runs the failing test. In NEW, `@` is OLD itself; `~` is OLD with the two sides of its comma changed over.
-Where just that was tried, it takes the next OLD; where the function has no OLD, the word most like it of those
-left to try. It starts from the function as it was given, so that a wrong try needs no undoing. What it says of
-a try that did not help ends with the words that are left to try.
+Where just that was tried, it takes the next OLD; where the function has no OLD, the word most like it of
+those left to try. It starts from the function as it was given, so that a wrong try needs no undoing. What
+it says of a try that did not help ends with the words that are left to try.
 `task.json` says where the function is, which test fails, and which edits a function like it invites.
 """
 
