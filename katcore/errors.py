@@ -57,6 +57,30 @@ class SandboxGoneError(SandboxError):
     """The sandbox died underneath its user."""
 
 
+class OutOfMemoryError(SandboxGoneError):
+    """The sandbox as a whole needed more memory than its limit. A command that does is a result: 137."""
+
+
+class EvictedError(SandboxGoneError):
+    """Somebody else ended the sandbox: a person, a reaper, or a node that needed the room."""
+
+
+class OutOfDiskError(SandboxError, OSError):
+    """No space is left to make the sandbox, or in it to write what its user gave."""
+
+
+class ImageMissingError(SandboxError):
+    """What the sandbox starts from is not there, and cannot be made from what is."""
+
+
+class StartTimeoutError(SandboxError):
+    """The sandbox was not ready in time."""
+
+
+class NoCapacityError(SandboxError):
+    """The host has no room for the sandbox: processes, memory, descriptors or namespaces are used up."""
+
+
 class SandboxElsewhereError(SandboxError):
     """What is left of a sandbox is on another machine, and cannot be destroyed from here."""
 

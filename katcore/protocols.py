@@ -56,14 +56,19 @@ class Sandbox(Protocol):
 
         Raises:
             SandboxTimeoutError: `timeout_s` seconds passed; the process tree is dead.
-            SandboxGoneError: the machine is no longer there.
+            SandboxGoneError: the machine is no longer there; of a kind that says why, if that is known.
         """
 
     async def read(self, path: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError, IsADirectoryError, PermissionError."""
 
     async def write(self, path: str, data: bytes) -> None:
-        """Create or replace a file, and its folders."""
+        """Create or replace a file, and its folders.
+
+        Raises:
+            OutOfDiskError: the sandbox has no space left.
+            OSError: as `read`.
+        """
 
 
 @runtime_checkable
@@ -108,6 +113,8 @@ class SandboxBackend(Protocol):
         Raises:
             SandboxUnavailableError: this host cannot isolate.
             TaskError: the environment's Dockerfile uses what the backend cannot build.
+            ImageMissingError, NoCapacityError, OutOfDiskError, StartTimeoutError: what they say. An error of
+                one of these kinds is tried again as `katcore.retry` has it; any other, twice.
         """
 
     async def close(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +85,16 @@ class _Progress:
         self.phase, self.since = phase, now
 
 
-async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollout:
-    """Run it to its end. Only cancellation leaves this function as an exception."""
+async def run_rollout(
+    rollout_id: str,
+    attempt: Attempt,
+    parts: Parts,
+    on_failure: Callable[[Exception], None] = lambda error: None,
+) -> Rollout:
+    """Run it to its end. Only cancellation leaves this function as an exception.
+
+    `on_failure` is told the error of one that is not scored.
+    """
     spec = SessionSpec(
         rollout_id,
         attempt.engine,
@@ -106,7 +114,9 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
         await _judge(attempt.task, changes, _trajectory(session), parts, progress)
         progress.enter("end")
     except Exception as error:  # noqa: BLE001 - the one boundary where a failure becomes data
-        outcome, reason = _blame(session.failure or error, progress.phase)
+        failure = session.failure or error
+        on_failure(failure)
+        outcome, reason = _blame(failure, progress.phase)
         progress.verdict = Verdict(None)
     finally:
         await parts.proxy.close(session)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from katcore.errors import TaskError
+from katcore.errors import ImageMissingError, TaskError
 from katcore.sandbox.dockerfile import Dockerfile, Step, parse
 
 HOST = "host"
@@ -67,7 +67,8 @@ class ImageStore:
         """Build an environment folder and give it a name for others to start FROM.
 
         Raises:
-            TaskError: the Dockerfile is outside the subset, or its parent is not known.
+            TaskError: the Dockerfile is outside the subset.
+            ImageMissingError: its parent is not known.
         """
         image = self.image(environment, run=run)
         _write_json(self._root / "names" / f"{name}.json", image)
@@ -77,7 +78,7 @@ class ImageStore:
         """The image of an environment folder; built now if its content is new.
 
         Raises:
-            TaskError: as `build`; or it says RUN and the caller gave nothing to run it with.
+            TaskError, ImageMissingError: as `build`; or it says RUN and there is nothing to run it with.
         """
         stamp = (environment / "Dockerfile").stat().st_mtime_ns if environment.is_dir() else 0
         known = self._known.get(environment)
@@ -101,7 +102,7 @@ class ImageStore:
             return Image(HOST)
         path = self._root / "names" / f"{dockerfile.parent}.json"
         if not path.exists():
-            raise TaskError(
+            raise ImageMissingError(
                 f"{environment}/Dockerfile: no image named {dockerfile.parent!r};"
                 f" known: {', '.join(self.names())}"
             )

@@ -72,7 +72,7 @@ def run(channel: socket.socket, spec: dict[str, Any]) -> None:
         machine.serve()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
         with contextlib.suppress(OSError):
-            channel.sendall(frame.pack({"error": "setup", "reason": repr(error)}))
+            channel.sendall(frame.failed(error))
     os._exit(0)
 
 

@@ -107,8 +107,7 @@ class Server:
             if descriptors:
                 self._make(request, socket.socket(fileno=descriptors[0]))
             else:
-                self._end(request["id"])
-                self._requests.send(b"{}")
+                self._requests.send(json.dumps({"cause": self._end(request["id"])}).encode())
 
     def end_all(self) -> None:
         """End what is still open."""
@@ -121,7 +120,7 @@ class Server:
         try:
             pid = kernel.fork_into(_NAMESPACES)
         except OSError as error:
-            channel.sendall(frame.pack({"error": "setup", "reason": str(error)}))
+            channel.sendall(frame.failed(error))
             self._groups.give_back(group)
         else:
             if pid == 0:
@@ -131,10 +130,16 @@ class Server:
             self._open[request["id"]] = (pid, group)
         channel.close()
 
-    def _end(self, identifier: int) -> None:
+    def _end(self, identifier: int) -> str:
+        """End a sandbox. What had ended it before: "memory", "killed", or neither."""
         pid, group = self._open.pop(identifier, (0, ""))
-        if pid:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            self._groups.give_back(group)
+        if not pid:
+            return ""
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        is_full = self._groups.give_back(group)
+        if not ended or not os.WIFSIGNALED(status):
+            return ""
+        return "memory" if is_full else "killed"
