@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 from katcore.schema.call import EngineRequest, Generation, Message, Tool
+from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import (
     ExecResult,
@@ -119,6 +120,14 @@ class SandboxBackend(Protocol):
 
     async def close(self) -> None:
         """Destroy whatever is still open and stop helper processes."""
+
+
+@runtime_checkable
+class SupportsCapacity(Protocol):
+    """A backend that knows how much its node has for sandboxes."""
+
+    def capacity(self) -> Capacity:
+        """All that it has, used or not. What a sandbox needs is counted against it before it is opened."""
 
 
 @runtime_checkable

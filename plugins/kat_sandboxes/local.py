@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kat_sandboxes import host, reap
+from kat_sandboxes import capacity, host, reap
 from kat_sandboxes.zygote import frame
 from katcore.config import home
 from katcore.errors import (
@@ -42,6 +42,7 @@ from katcore.errors import (
 from katcore.protocols import Sandbox
 from katcore.sandbox.image import Image, ImageStore
 from katcore.sandbox.process import Process
+from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import ExecResult
 from katcore.schema.task import SandboxSpec
@@ -65,7 +66,6 @@ class LocalConfig(BaseModel):
 
     images: Path | None = None
     scaffolds: Path | None = None
-    max_open: int = 32
 
 
 class LocalSandbox:
@@ -243,7 +243,6 @@ class LocalBackend:
         self._images = (config.images or home() / "images").resolve()
         self._store = ImageStore(self._images, self._mark)
         self._scaffolds = (config.scaffolds or home() / "scaffolds").resolve()
-        self._slots = asyncio.Semaphore(config.max_open)
         self._start_lock = asyncio.Lock()
         self._end_lock = asyncio.Lock()
         self._build_lock = asyncio.Lock()
@@ -270,6 +269,10 @@ class LocalBackend:
                 self._process.wait()
             self._process = None
 
+    def capacity(self) -> Capacity:
+        """See `SupportsCapacity`."""
+        return capacity.of_this_machine()
+
     def mark(self) -> str:
         """See `SupportsReap.mark`."""
         return self._mark
@@ -291,12 +294,11 @@ class LocalBackend:
 
     @asynccontextmanager
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        async with self._slots:
-            with _no_room_said():
-                await self._start()
-                image = await self._image(spec.environment)
-            async with self._machine(spec, image) as sandbox:
-                yield sandbox
+        with _no_room_said():
+            await self._start()
+            image = await self._image(spec.environment)
+        async with self._machine(spec, image) as sandbox:
+            yield sandbox
 
     @asynccontextmanager
     async def _machine(self, spec: SandboxSpec, image: Image) -> AsyncIterator[LocalSandbox]:
@@ -304,10 +306,9 @@ class LocalBackend:
         with _no_room_said():
             mine, theirs = socket.socketpair()
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        layers = [*map(str, self._store.folders(image)), self._base]
         request = {
             "id": identifier,
-            "layers": layers,
+            "layers": [*map(str, self._store.folders(image)), self._base],
             "env": _environment() | image.env,
             "workdir": image.workdir,
             "memory_mib": spec.memory_mib,
