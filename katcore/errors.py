@@ -37,6 +37,10 @@ class TaskError(KatError):
     """A task directory is malformed, or asks for something the sandbox cannot build."""
 
 
+class ImageError(KatError):
+    """An image cannot be imported or pulled: it is malformed, unsafe, or not what its digest says."""
+
+
 class InfrastructureError(KatError):
     """Something outside the policy failed. Never a reward."""
 

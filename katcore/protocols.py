@@ -98,6 +98,17 @@ class SupportsDoor(Protocol):
 
 
 @runtime_checkable
+class SupportsSnapshot(Protocol):
+    """A sandbox whose files others can start from."""
+
+    def snapshot(self) -> AbstractAsyncContextManager[str]:
+        """Its files as they are now, but for /tmp, /run, /proc and /dev; no processes.
+
+        While in the context, `SandboxSpec.snapshot` may have this name; the sandbox itself may be closed.
+        """
+
+
+@runtime_checkable
 class SupportsHandle(Protocol):
     """A sandbox that another process can find."""
 

@@ -19,6 +19,7 @@ import struct
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from kat_sandboxes.zygote import frame
 from katcore.config import home
 from katcore.errors import (
     EvictedError,
+    ImageMissingError,
     NoCapacityError,
     OutOfDiskError,
     OutOfMemoryError,
@@ -52,6 +54,13 @@ _BUSY_S = 0.002
 _NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EUSERS}
 """What the kernel says if processes, memory, namespaces, mounts or descriptors are used up."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PLAIN = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+}
+"""The environment in an image that brings its own programs."""
 _DOOR, _SENDER = struct.Struct("i"), struct.Struct("3i")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.server import main; main()"
 
@@ -71,9 +80,15 @@ class LocalConfig(BaseModel):
 class LocalSandbox:
     """One open sandbox. Requests are served one at a time."""
 
-    def __init__(self, channel: socket.socket, end: Callable[[], Awaitable[str]]) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        end: Callable[[], Awaitable[str]],
+        keep: Callable[[bytes], contextlib.AbstractAsyncContextManager[str]],
+    ) -> None:
         self._channel = channel
         self._end = end
+        self._keep = keep
         self._door: socket.socket | None = None
         self._machine: Process | None = None
         self._lock = asyncio.Lock()
@@ -168,6 +183,12 @@ class LocalSandbox:
         """See `SupportsChanges`."""
         await self._ask("apply", {}, changes)
 
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[str]:
+        """See `SupportsSnapshot`: a layer on disk, on top of those of its image."""
+        async with self._keep(await self.changes()) as name:
+            yield name
+
     def close(self) -> None:
         """Let go of the channel; the machine ends at its end of stream."""
         if self._writer:
@@ -248,7 +269,8 @@ class LocalBackend:
         self._build_lock = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
-        self._base = ""
+        self._bases: dict[bool, str] = {}
+        self._snapshots: dict[str, Image] = {}
         self._ids = itertools.count()
         self.limits = "none"
 
@@ -296,7 +318,7 @@ class LocalBackend:
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
         with _no_room_said():
             await self._start()
-            image = await self._image(spec.environment)
+            image = await self._start_image(spec)
         async with self._machine(spec, image) as sandbox:
             yield sandbox
 
@@ -308,8 +330,8 @@ class LocalBackend:
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         request = {
             "id": identifier,
-            "layers": [*map(str, self._store.folders(image)), self._base],
-            "env": _environment() | image.env,
+            "layers": [*map(str, self._store.folders(image)), self._bases[image.is_whole]],
+            "env": (_PLAIN if image.is_whole else _environment()) | image.env,
             "workdir": image.workdir,
             "memory_mib": spec.memory_mib,
             "max_processes": spec.max_processes,
@@ -317,7 +339,9 @@ class LocalBackend:
             "tools": self._tools(spec),
             "has_door": spec.has_door,
         }
-        sandbox = LocalSandbox(mine, lambda: self._end(identifier))
+        if image.is_whole:
+            request["shared"] = ["/dev"]
+        sandbox = LocalSandbox(mine, lambda: self._end(identifier), partial(self._keep, image))
         try:
             with theirs:
                 await self._send(json.dumps(request).encode(), [theirs.fileno()])
@@ -361,6 +385,25 @@ class LocalBackend:
             else:
                 return
 
+    @asynccontextmanager
+    async def _keep(self, image: Image, changes: bytes) -> AsyncIterator[str]:
+        name = f"{reap.SNAPSHOT}{self._mark}-{next(self._ids)}"
+        with _no_room_said():
+            made = await asyncio.to_thread(self._store.snapshot, image, name, changes)
+        self._snapshots[name] = made
+        try:
+            yield name
+        finally:
+            del self._snapshots[name]
+            await asyncio.to_thread(self._store.drop, made)
+
+    async def _start_image(self, spec: SandboxSpec) -> Image:
+        if not spec.snapshot:
+            return await self._image(spec.environment)
+        if spec.snapshot not in self._snapshots:
+            raise ImageMissingError(f"there is no snapshot {spec.snapshot} any more")
+        return self._snapshots[spec.snapshot]
+
     async def _image(self, environment: Path) -> Image:
         loop = asyncio.get_running_loop()
 
@@ -373,7 +416,8 @@ class LocalBackend:
     async def _run(self, image: Image, command: str) -> bytes:
         spec = SandboxSpec(Path(), memory_mib=2048, disk_mib=2048)
         async with self._machine(spec, image) as sandbox:
-            result = await sandbox.exec(["bash", "-c", command], timeout_s=600)
+            shell = "sh" if image.is_whole else "bash"
+            result = await sandbox.exec([shell, "-c", command], timeout_s=600)
             if result.exit_code:
                 output = (result.stdout + result.stderr)[-500:].decode(errors="replace")
                 raise SandboxError(f"RUN {command!r} exited with {result.exit_code}: {output}")
@@ -395,7 +439,10 @@ class LocalBackend:
                 f"local sandboxes need Linux namespaces, and this is {platform.system()};"
                 " use a Linux machine or container"
             )
-        self._base = str(host.base_layer(self._images, self._mark))
+        self._bases = {
+            False: str(host.base_layer(self._images, self._mark)),
+            True: str(host.root_layer(self._images, self._mark)),
+        }
         requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         source = str(Path(__file__).resolve().parents[1])
         with theirs:

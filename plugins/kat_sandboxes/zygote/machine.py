@@ -49,6 +49,10 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
 def run(channel: socket.socket, spec: dict[str, Any]) -> None:
     """The whole life of a sandbox. Never returns."""
     try:
+        # The server has a descriptor or two for each sandbox; here, all have to be ones that select(2) takes.
+        low = channel.dup()
+        channel.close()
+        channel = low
         kernel.die_with_parent()
         os.setsid()
         socket.sethostname("sandbox")

@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ def main() -> None:
     requests = socket.socket(fileno=os.dup(0))
     settings = json.loads(requests.recv(1 << 16) or b"{}")
     kernel.die_with_parent()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         groups = cgroups.Groups.find(settings["name"])
@@ -115,7 +118,7 @@ class Server:
             self._end(identifier)
 
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
-        spec = request | {key: self._settings[key] for key in ("shared", "interpreter", "overlay")}
+        spec = {key: self._settings[key] for key in ("shared", "interpreter", "overlay")} | request
         group = self._groups.take(request["memory_mib"], request["max_processes"])
         try:
             pid = kernel.fork_into(_NAMESPACES)
