@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from katcore.retry import rule_for
+from katcore.rollout.prepare import Preparations
 from katcore.rollout.single import Attempt, Parts, run_rollout
 from katcore.schema.rollout import Rollout
 
@@ -32,11 +33,12 @@ async def collect(
     running.
     """
     waiting = iter(attempts)
+    preparations = Preparations(parts.backend)
     running: set[asyncio.Task[Rollout]] = set()
     try:
         while True:
             for attempt in waiting:
-                running.add(asyncio.create_task(_persist(attempt, parts)))
+                running.add(asyncio.create_task(_persist(attempt, parts, preparations)))
                 if len(running) >= limits.concurrency:
                     break
             if not running:
@@ -50,11 +52,12 @@ async def collect(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _persist(attempt: Attempt, parts: Parts) -> Rollout:
+async def _persist(attempt: Attempt, parts: Parts, preparations: Preparations) -> Rollout:
     tries = 0
     while True:
         failures: list[Exception] = []
-        rollout = await run_rollout(_rollout_id(attempt), attempt, parts, failures.append)
+        identifier = _rollout_id(attempt)
+        rollout = await run_rollout(identifier, attempt, parts, failures.append, preparations)
         tries += 1
         if not failures or tries > (rule := rule_for(failures[0])).times:
             return rollout

@@ -64,7 +64,7 @@ class Pool:
         Raises:
             SandboxError: as `SandboxBackend.open`.
         """
-        if not self._size:
+        if not self._size or spec.snapshot:  # a snapshot goes when its last rollout is done
             return await self._make(spec, str(spec.environment))
         key = replace(spec, serves="")
         self._kept.setdefault(key, deque())
