@@ -23,6 +23,7 @@ class Node:
     _tokens: float = field(init=False)
     _at_s: float = -inf
     _rests_until_s: float = -inf
+    _rested_s: float = -inf
     _num_failed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,11 +71,18 @@ class Node:
         """One ended."""
         self._change(demand, -1)
 
-    def rest(self, now_s: float) -> None:
-        """One failed there: nothing starts for a while, twice as long each time until one works."""
+    def rest(self, since_s: float, now_s: float) -> None:
+        """One failed that had been there since `since_s`: nothing starts for a while.
+
+        It is twice as long each time until one works. Those that were there before a rest began are part of
+        the same failure.
+        """
+        if since_s <= self._rested_s:
+            return
+        self._rested_s = now_s
         seconds = min(_LONGEST_REST_S, _REST_S * 2.0 ** min(self._num_failed, 60))
         self._num_failed += 1
-        self._rests_until_s = max(self._rests_until_s, now_s + seconds)
+        self._rests_until_s = now_s + seconds
 
     def works(self) -> None:
         """One was opened there."""

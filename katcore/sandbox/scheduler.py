@@ -29,6 +29,7 @@ class Place:
     node: str
     demand: Demand
     group: str
+    since_s: float
     on: Node
 
 
@@ -98,7 +99,7 @@ class Scheduler:
 
     def rest(self, place: Place) -> None:
         """A sandbox failed in a way that is the node's: what comes next goes elsewhere, or waits."""
-        place.on.rest(asyncio.get_running_loop().time())
+        place.on.rest(place.since_s, asyncio.get_running_loop().time())
 
     def add(self, name: str, capacity: Capacity) -> None:
         """A node came."""
@@ -109,12 +110,13 @@ class Scheduler:
         """A node is gone. Who has a place there still gives it back; who fits nowhere else is refused."""
         self._nodes.pop(name)
         for ticket in self._queue.all():
+            if ticket.placed.done():  # cancelled, and about to leave
+                continue
             try:
                 self._refuse_impossible(ticket.demand)
             except NoCapacityError as error:
                 self._leave(ticket)
-                if not ticket.placed.done():
-                    ticket.placed.set_exception(error)
+                ticket.placed.set_exception(error)
         self._serve_soon()
 
     def _refuse_impossible(self, demand: Demand) -> None:
@@ -189,7 +191,7 @@ class Scheduler:
         self._let_go(ticket)
         node.take(ticket.demand, now_s)
         self._queue.place(ticket)
-        ticket.placed.set_result(Place(node.name, ticket.demand, ticket.group, node))
+        ticket.placed.set_result(Place(node.name, ticket.demand, ticket.group, now_s, node))
 
     def _pass(self, tickets: list[Ticket[Place]]) -> None:
         for ticket in tickets:

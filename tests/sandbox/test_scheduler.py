@@ -247,6 +247,34 @@ async def test_a_rest_is_longer_each_time_until_one_works() -> None:
 
 
 @virtual
+async def test_many_that_fail_together_are_one_failure() -> None:
+    loop = asyncio.get_running_loop()
+    scheduler = Scheduler({"a": Capacity()})
+    places = [await scheduler.take(SMALL) for _ in range(50)]
+    await asyncio.sleep(100)
+    for place in places:
+        scheduler.rest(place)
+        scheduler.give_back(place)
+    await scheduler.take(SMALL)
+    assert loop.time() == 100.5
+
+
+@virtual
+async def test_one_that_is_cancelled_when_its_node_goes_is_no_trouble() -> None:
+    scheduler = Scheduler({"a": Capacity(sandboxes=1, memory_mib=8), "b": Capacity(memory_mib=1)})
+    held = await scheduler.take(Demand(8.0))
+    waiting = asyncio.create_task(scheduler.take(Demand(8.0)))
+    await asyncio.sleep(1)
+    waiting.cancel()
+    scheduler.lose("a")
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled()
+    scheduler.give_back(held)
+    assert scheduler.num_waiting == 0
+    assert scheduler.has_room(SMALL)
+
+
+@virtual
 async def test_who_fits_on_no_node_that_is_left_is_told() -> None:
     scheduler = Scheduler({"a": Capacity(memory_mib=8), "b": Capacity(memory_mib=2)})
     large, small = await scheduler.take(Demand(8.0)), await scheduler.take(Demand(2.0))
