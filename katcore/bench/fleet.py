@@ -127,6 +127,7 @@ class _Writer:
     waiting: list["asyncio.Future[None]"] = field(default_factory=list)
     rows: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0
 
     async def add(self, lease: Lease) -> None:
         self.wanted[lease.id] = lease
@@ -141,9 +142,10 @@ class _Writer:
             waiting, self.waiting = self.waiting, []
             wanted = dict(self.wanted)
             self.rows += len(wanted.keys() ^ self.written.keys())
-            started_s = time.perf_counter()
+            started_s, cpu_s = time.perf_counter(), time.process_time()
             self.ledger.save(self.holder, self.written, wanted)
             self.seconds.append(time.perf_counter() - started_s)
+            self.cpu_s += time.process_time() - cpu_s
             self.written = wanted
             for done in waiting:
                 if not done.done():
@@ -203,7 +205,7 @@ class _Fleet:
             task.cancel()
         await asyncio.gather(writing, losing, return_exceptions=True)
         load = self._writer.load()
-        cpu_s = time.process_time() - cpu_s - load.seconds
+        cpu_s = time.process_time() - cpu_s - self._writer.cpu_s
         return self._report(rollouts, virtual_s, load, cpu_s)
 
     def _rollouts(self) -> Iterator[_Rollout]:

@@ -42,6 +42,7 @@ def test_the_ledger_has_a_row_for_each_and_is_empty_in_the_end(report: fleet.Rep
     starts = report.done + sum(report.failures.values())
     assert report.ledger.rows >= starts
     assert 0 < report.ledger.transactions < 2 * starts
+    assert report.scheduling_us > 0
 
 
 def test_the_same_seed_is_the_same_run(report: fleet.Report, tmp_path: Path) -> None:
