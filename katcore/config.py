@@ -188,6 +188,23 @@ class EvaluateSettings(Settings):
     retention_lower: float = 0.90
 
 
+class ScheduleSettings(Settings):
+    """How many sandboxes are open at once, how fast they start, and who is next.
+
+    `max_open`, `memory_mib` and `starts_per_s` are for all of them together; without them it is what the
+    backend has. They are let in by the most that each may use, which few do: `overcommit` times the memory
+    and the processes that the backend has may be promised. `together` is how many of one task start before
+    the next one's turn. `warm` are kept ready for each of the last few tasks, where starts are slow.
+    """
+
+    max_open: int | None = Field(default=None, ge=1)
+    memory_mib: int | None = Field(default=None, ge=1)
+    starts_per_s: float | None = Field(default=None, gt=0)
+    overcommit: float = Field(default=4.0, ge=1)
+    together: int = Field(default=8, ge=1)
+    warm: int = Field(default=0, ge=0)
+
+
 _SHARES = ("cold_batch", "prompts")
 
 
@@ -212,6 +229,7 @@ class Preset(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     sandbox: str = "local"
     sandbox_options: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleSettings = ScheduleSettings()
     max_new_tokens: int = 48
     concurrency: int = 48
     micro_batch_tokens: int = 8192

@@ -37,6 +37,10 @@ class TaskError(KatError):
     """A task directory is malformed, or asks for something the sandbox cannot build."""
 
 
+class ImageError(KatError):
+    """An image cannot be imported or pulled: it is malformed, unsafe, or not what its digest says."""
+
+
 class InfrastructureError(KatError):
     """Something outside the policy failed. Never a reward."""
 
@@ -55,6 +59,30 @@ class SandboxTimeoutError(SandboxError):
 
 class SandboxGoneError(SandboxError):
     """The sandbox died underneath its user."""
+
+
+class OutOfMemoryError(SandboxGoneError):
+    """The sandbox as a whole needed more memory than its limit. A command that does is a result: 137."""
+
+
+class EvictedError(SandboxGoneError):
+    """Somebody else ended the sandbox: a person, a reaper, or a node that needed the room."""
+
+
+class OutOfDiskError(SandboxError, OSError):
+    """No space is left to make the sandbox, or in it to write what its user gave."""
+
+
+class ImageMissingError(SandboxError):
+    """What the sandbox starts from is not there, and cannot be made from what is."""
+
+
+class StartTimeoutError(SandboxError):
+    """The sandbox was not ready in time."""
+
+
+class NoCapacityError(SandboxError):
+    """The host has no room for the sandbox: processes, memory, descriptors or namespaces are used up."""
 
 
 class SandboxElsewhereError(SandboxError):

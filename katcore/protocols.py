@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 from katcore.schema.call import EngineRequest, Generation, Message, Tool
+from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import (
     ExecResult,
@@ -56,14 +57,19 @@ class Sandbox(Protocol):
 
         Raises:
             SandboxTimeoutError: `timeout_s` seconds passed; the process tree is dead.
-            SandboxGoneError: the machine is no longer there.
+            SandboxGoneError: the machine is no longer there; of a kind that says why, if that is known.
         """
 
     async def read(self, path: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError, IsADirectoryError, PermissionError."""
 
     async def write(self, path: str, data: bytes) -> None:
-        """Create or replace a file, and its folders."""
+        """Create or replace a file, and its folders.
+
+        Raises:
+            OutOfDiskError: the sandbox has no space left.
+            OSError: as `read`.
+        """
 
 
 @runtime_checkable
@@ -92,6 +98,17 @@ class SupportsDoor(Protocol):
 
 
 @runtime_checkable
+class SupportsSnapshot(Protocol):
+    """A sandbox whose files others can start from."""
+
+    def snapshot(self) -> AbstractAsyncContextManager[str]:
+        """Its files as they are now, but for /tmp, /run, /proc and /dev; no processes.
+
+        While in the context, `SandboxSpec.snapshot` may have this name; the sandbox itself may be closed.
+        """
+
+
+@runtime_checkable
 class SupportsHandle(Protocol):
     """A sandbox that another process can find."""
 
@@ -108,10 +125,20 @@ class SandboxBackend(Protocol):
         Raises:
             SandboxUnavailableError: this host cannot isolate.
             TaskError: the environment's Dockerfile uses what the backend cannot build.
+            ImageMissingError, NoCapacityError, OutOfDiskError, StartTimeoutError: what they say. An error of
+                one of these kinds is tried again as `katcore.retry` has it; any other, twice.
         """
 
     async def close(self) -> None:
         """Destroy whatever is still open and stop helper processes."""
+
+
+@runtime_checkable
+class SupportsCapacity(Protocol):
+    """A backend that knows how much its node has for sandboxes."""
+
+    def capacity(self) -> Capacity:
+        """All that it has, used or not. What a sandbox needs is counted against it before it is opened."""
 
 
 @runtime_checkable

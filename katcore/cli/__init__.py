@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from katcore.cli import capture, sandbox, training
+from katcore.cli import capture, images, sandbox, training
 from katcore.cli.bench import bench
 from katcore.cli.common import err, errors_said, out, say
 from katcore.config import Preset, load_preset, preset_names
@@ -124,6 +124,7 @@ def collect(
 
 app.add_typer(capture.scaffolds, name="scaffolds")
 app.add_typer(sandbox.sandbox, name="sandbox")
+app.add_typer(images.images, name="images")
 app.add_typer(bench, name="bench")
 app.command()(capture.proxy)
 app.command("format")(capture.formatted)

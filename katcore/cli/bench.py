@@ -14,10 +14,13 @@ from rich.table import Table
 from katcore.cli.common import err, errors_said, out, say
 from katcore.config import home
 from katcore.errors import ConfigError
+from katcore.plugin import Plugins
 
 if TYPE_CHECKING:
     from katcore.bench.aim import Aim
+    from katcore.bench.fleet import Report as FleetReport
     from katcore.bench.proxy import Report as ProxyReport
+    from katcore.bench.sandbox import Report as SandboxReport
     from katcore.bench.trajectories import Report as TrajectoriesReport
 
 bench = typer.Typer(
@@ -60,7 +63,7 @@ def proxy(  # noqa: PLR0913 - a command has as many options as it has
     with errors_said():
         program = None if no_litellm else _litellm(litellm)
         settings = measured.Settings(
-            streams=_numbers(streams),
+            streams=_numbers("--streams", streams),
             requests=requests,
             rounds=rounds,
             delay_ms=delay_ms,
@@ -96,19 +99,74 @@ def trajectories(
             _print_trajectories(report)
 
 
+@bench.command("sandbox")
+def sandbox(
+    backends: Annotated[str, typer.Option(help="Joined by commas.")] = "local",
+    dockerfile: Annotated[
+        Path | None, typer.Option(help="What all of them start from; the machine's own if empty.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Numbers of starts at once.")] = "1,8,32",
+    starts: Annotated[int, typer.Option(min=1, help="At each of these numbers.")] = 200,
+    hold: Annotated[int, typer.Option(min=1, help="How many are held at once.")] = 1000,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Measure starts, rates and memory of backends, beside bare clone and exec; 1 if one does not answer."""
+    from katcore.bench import sandbox as measured
+
+    with errors_said():
+        settings = measured.Settings(
+            tuple(filter(None, backends.split(","))),
+            dockerfile.read_text() if dockerfile else measured.DOCKERFILE,
+            _numbers("--concurrency", concurrency),
+            starts,
+            hold,
+        )
+        with _bar(settings.num_parts) as step:
+            installed = Plugins.installed()
+            report = asyncio.run(measured.run(settings, home() / "bench", installed, step))
+        if as_json:
+            typer.echo(json.dumps(report.as_json()))
+        else:
+            _print_sandbox(report)
+        raise typer.Exit(int(not report.is_sound))
+
+
+@bench.command("fleet")
+def fleet(
+    sandboxes: Annotated[int, typer.Option(min=1, help="All asked for at once.")] = 50_000,
+    nodes: Annotated[int, typer.Option(min=1, help="With room for half of them.")] = 100,
+    lost: Annotated[int, typer.Option(min=0, help="Nodes that go when half are done.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn by chance.")] = 0,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> None:
+    """Simulate a fleet behind the real scheduler; 1 if a rollout is lost or a node gets too many."""
+    from katcore.bench import fleet as measured
+
+    with errors_said():
+        if lost >= nodes:
+            raise ConfigError(f"--lost {lost}: of {nodes} nodes, one at least has to stay")
+        settings = measured.Settings(sandboxes, nodes, lost, seed=seed)
+        report = measured.run(settings, home() / "bench")
+        if as_json:
+            typer.echo(json.dumps(report.as_json()))
+        else:
+            _print_fleet(report)
+        raise typer.Exit(int(not report.is_sound))
+
+
 def _litellm(given: Path | None) -> Path:
     from katcore.bench.litellm import ensure, find
 
     return find(given) if given else ensure(home() / "bench", say)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ConfigError(f"--streams {text!r}: numbers from 1 on are needed, joined by commas")
+        raise ConfigError(f"{option} {text!r}: numbers from 1 on are needed, joined by commas")
     return numbers
 
 
@@ -215,6 +273,63 @@ def _print_trajectories(report: "TrajectoriesReport") -> None:
         logs.add_row(one.dialect, *kilobytes, f"{one.ratio:.2f}", f"{over_text:.2f}")
     out.print(logs)
     _print_aims(report.aims, report.machine)
+
+
+def _print_sandbox(report: "SandboxReport") -> None:
+    table = Table(title="from asking to the end of the first command, ms; starts/s")
+    heads = ("backend", "at once", "cold p50", "p95", "warm p50", "p95", "starts/s", "of bare")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "backend" else "right")
+    for name, found in report.backends.items():
+        for level in found.levels:
+            times = (level.cold_ms_p50, level.cold_ms_p95, level.warm_ms_p50, level.warm_ms_p95)
+            share = f"{level.starts_per_s / report.floor_per_s:.0%}"
+            rate = f"{level.starts_per_s:.0f}"
+            table.add_row(name, str(level.concurrency), *map(_ms, times), rate, share)
+        table.add_section()
+    out.print(table)
+    for name, found in report.backends.items():
+        if found.held:
+            held = found.held
+            facts: dict[str, Any] = {
+                "alive, answering, with a door": f"{held.alive}, {held.answering}, {held.doors}",
+                "memory of each, MiB": held.mib_each,
+                "seconds to open them, for a thousand": f"{held.seconds}, {held.seconds_1000}",
+                "stopped by": held.why or "nothing",
+            }
+            out.print(_facts(f"{name}: many at once", facts.items()))
+        if found.error:
+            say(f"{name}: {found.error}")
+    say(f"bare clone and exec: {report.floor_per_s:.0f} a second")
+    _print_aims((), report.machine)
+
+
+def _print_fleet(report: "FleetReport") -> None:
+    waits = Table(title="seconds of virtual time")
+    for head in ("", "p50", "p95", "most"):
+        waits.add_column(head)
+    for what, spread in (
+        ("a sandbox waits", report.wait),
+        ("a task's sandboxes wait, on average", report.group_wait),
+        ("from a task's first start to its last", report.group_span),
+        ("from the loss of a node to running again", report.recovery),
+    ):
+        waits.add_row(what, f"{spread.p50:.1f}", f"{spread.p95:.1f}", f"{spread.most:.1f}")
+    out.print(waits)
+    ledger = report.ledger
+    facts: dict[str, Any] = {
+        "all of it, virtual s": report.virtual_s,
+        "done, given up": f"{report.done}, {report.given_up}",
+        "open at once": report.most_open,
+        "of what a node may have, at most": f"{report.most_of_a_node:.0%}",
+        "evicted": report.evicted,
+        "failures": ", ".join(f"{num} {name}" for name, num in report.failures.items()) or "none",
+        "ledger: transactions, rows": f"{ledger.transactions}, {ledger.rows}",
+        "ledger: s in all, ms each (p50, most)": f"{ledger.seconds}, {ledger.ms_p50}, {ledger.ms_most}",
+        "CPU for each that was placed, us": report.scheduling_us,
+    }
+    out.print(_facts("the fleet", facts.items()))
+    _print_aims((), report.machine)
 
 
 def _print_aims(aims: "Iterable[Aim]", machine: str) -> None:

@@ -39,6 +39,7 @@ class Draft:
     traits: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 60.0
     memory_mib: int = 512
+    setup: str = ""
 
 
 def write_task(root: Path, split: str, draft: Draft) -> Path:
@@ -105,6 +106,7 @@ def _toml(split: str, draft: Draft) -> str:
         f"timeout_sec = {draft.timeout_s}",
         "[environment]",
         f"memory_mb = {draft.memory_mib}",
+        *([f"setup = {quote(draft.setup)}"] if draft.setup else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -120,7 +122,7 @@ def read_task(directory: Path) -> Task:
             raise TaskError(f"{directory}: not a task directory: no {name}")
     try:
         content: dict[str, Any] = tomllib.loads((directory / "task.toml").read_bytes().decode())
-        metadata = content.get("metadata", {})
+        metadata, environment = content.get("metadata", {}), content.get("environment", {})
         return Task(
             id=str(metadata.get("id", directory.name)),
             domain=str(metadata.get("domain", metadata.get("category", ""))),
@@ -128,11 +130,12 @@ def read_task(directory: Path) -> Task:
             directory=directory,
             sandbox=SandboxSpec(
                 directory / "environment",
-                memory_mib=int(content.get("environment", {}).get("memory_mb", 512)),
+                memory_mib=int(environment.get("memory_mb", 512)),
             ),
             group=str(metadata.get("group", "")),
             split=str(metadata.get("split", "train")),
             timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
+            setup=str(environment.get("setup", "")),
             traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
         )
     except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:

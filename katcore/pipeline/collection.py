@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from katcore.config import Settings, home, load_yaml
+from katcore.config import ScheduleSettings, Settings, home, load_yaml
 from katcore.errors import ConfigError
 from katcore.pipeline.archive import Archive
 from katcore.pipeline.recorded import write_rows
@@ -91,6 +91,7 @@ class CollectionConfig(Settings):
     attempts: int = Field(default=1, ge=1)
     concurrency: int = Field(default=4, ge=1)
     sandbox: Choice = Choice(name="local")
+    schedule: ScheduleSettings = ScheduleSettings()
     verifier: Choice = Choice(name="test-script")
     formatters: tuple[Choice, ...] = (Choice(name="tree"), Choice(name="chat"))
     sampling: SamplingSettings = SamplingSettings()
@@ -182,7 +183,9 @@ async def run(
             await engine.open(report)
         name, options = config.sandbox.name, config.sandbox.options
         async with (
-            open_backend(plugins, name, options, work=f"collect {folder.name}") as backend,
+            open_backend(
+                plugins, name, options, work=f"collect {folder.name}", schedule=config.schedule
+            ) as backend,
             Proxy(folder / "calls.jsonl") as proxy,
         ):
             parts = Parts(

@@ -71,7 +71,9 @@ async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
     """Start the proxy and the preset's sandbox backend; both are stopped at the end."""
     name, options = job.preset.sandbox, job.preset.sandbox_options
     async with (
-        open_backend(job.plugins, name, options, work=job.spec.id) as backend,
+        open_backend(
+            job.plugins, name, options, work=job.spec.id, schedule=job.preset.schedule
+        ) as backend,
         Proxy(job.out / "calls.jsonl") as proxy,
     ):
         yield Rollouts(job, proxy, backend)

@@ -1,20 +1,26 @@
 """Many rollouts: bounded concurrency, none lost, infrastructure failures tried again."""
 
 import asyncio
+import logging
+import random
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
+from katcore.retry import rule_for
+from katcore.rollout.prepare import Preparations
 from katcore.rollout.single import Attempt, Parts, run_rollout
-from katcore.schema.rollout import Outcome, Rollout
+from katcore.schema.rollout import Rollout
+
+_LOG = logging.getLogger(__name__)
+_DRAW = random.Random()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many at once, and how often a rollout is tried again that no policy is to blame for."""
+    """How many at once."""
 
     concurrency: int = 32
-    max_retries: int = 2
 
 
 async def collect(
@@ -22,16 +28,17 @@ async def collect(
 ) -> AsyncIterator[Rollout]:
     """Run every attempt; yield one rollout for each, in the order in which they end.
 
-    A rollout that ended in an infrastructure failure is run again under a new id, up to
-    `limits.max_retries` times; what still fails is yielded with its outcome, unscored. Leaving the
-    iteration early cancels what is running.
+    A rollout that ended in an infrastructure failure is run again under a new id, as `katcore.retry` says;
+    what still fails is yielded with its outcome, unscored. Leaving the iteration early cancels what is
+    running.
     """
     waiting = iter(attempts)
+    preparations = Preparations(parts.backend)
     running: set[asyncio.Task[Rollout]] = set()
     try:
         while True:
             for attempt in waiting:
-                running.add(asyncio.create_task(_persist(attempt, parts, limits.max_retries)))
+                running.add(asyncio.create_task(_persist(attempt, parts, preparations)))
                 if len(running) >= limits.concurrency:
                     break
             if not running:
@@ -45,13 +52,17 @@ async def collect(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _persist(attempt: Attempt, parts: Parts, max_retries: int) -> Rollout:
-    for _ in range(max_retries):
-        rollout = await run_rollout(_rollout_id(attempt), attempt, parts)
-        if rollout.outcome is Outcome.SCORED:
+async def _persist(attempt: Attempt, parts: Parts, preparations: Preparations) -> Rollout:
+    tries = 0
+    while True:
+        failures: list[Exception] = []
+        identifier = _rollout_id(attempt)
+        rollout = await run_rollout(identifier, attempt, parts, failures.append, preparations)
+        tries += 1
+        if not failures or tries > (rule := rule_for(failures[0])).times:
             return rollout
-        await asyncio.sleep(0.2)
-    return await run_rollout(_rollout_id(attempt), attempt, parts)
+        _LOG.info("%s: try %d failed: %s", rollout.id, tries, rollout.error)
+        await asyncio.sleep(rule.delay_s(tries, _DRAW))
 
 
 def _rollout_id(attempt: Attempt) -> str:

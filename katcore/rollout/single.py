@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from katcore.protocols import (
 )
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
+from katcore.rollout.prepare import Preparations, set_up
 from katcore.schema.call import Sampling
 from katcore.schema.rollout import ExecResult, ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
 from katcore.schema.task import SandboxSpec, Task
@@ -85,8 +86,18 @@ class _Progress:
         self.phase, self.since = phase, now
 
 
-async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollout:
-    """Run it to its end. Only cancellation leaves this function as an exception."""
+async def run_rollout(
+    rollout_id: str,
+    attempt: Attempt,
+    parts: Parts,
+    on_failure: Callable[[Exception], None] = lambda error: None,
+    preparations: Preparations | None = None,
+) -> Rollout:
+    """Run it to its end. Only cancellation leaves this function as an exception.
+
+    `on_failure` is told the error of one that is not scored. `preparations` are shared by the rollouts of a
+    task.
+    """
     spec = SessionSpec(
         rollout_id,
         attempt.engine,
@@ -98,15 +109,18 @@ async def run_rollout(rollout_id: str, attempt: Attempt, parts: Parts) -> Rollou
     progress = _Progress(parts.scaffold_name)
     outcome, reason = Outcome.SCORED, ""
     try:
-        changes = await _work(attempt.task, (session, endpoint), parts, progress)
-        await parts.proxy.close(session)
-        if session.failure:
-            raise session.failure
-        progress.enter("verify")
-        await _judge(attempt.task, changes, _trajectory(session), parts, progress)
-        progress.enter("end")
+        async with (preparations or Preparations(parts.backend)).of(attempt.task) as task:
+            changes = await _work(task, (session, endpoint), parts, progress)
+            await parts.proxy.close(session)
+            if session.failure:
+                raise session.failure
+            progress.enter("verify")
+            await _judge(task, changes, _trajectory(session), parts, progress)
+            progress.enter("end")
     except Exception as error:  # noqa: BLE001 - the one boundary where a failure becomes data
-        outcome, reason = _blame(session.failure or error, progress.phase)
+        failure = session.failure or error
+        on_failure(failure)
+        outcome, reason = _blame(failure, progress.phase)
         progress.verdict = Verdict(None)
     finally:
         await parts.proxy.close(session)
@@ -137,6 +151,7 @@ async def _work(
             raise SandboxError(
                 "this sandbox cannot say what was changed; it cannot be judged afresh"
             )
+        await set_up(task, sandbox)
         if isinstance(parts.scaffold, RunsInside):
             endpoint = await _through_the_door(sandbox, opened, parts.proxy)
         progress.enter("agent")
@@ -213,6 +228,7 @@ async def _judge(
 ) -> None:
     spec = replace(task.sandbox, serves=trajectory.session_id)
     async with parts.backend.open(spec) as sandbox:
+        await set_up(task, sandbox)
         if isinstance(sandbox, SupportsChanges):
             await sandbox.apply(changes)
         verdict = await parts.verifier.verify(task, sandbox, trajectory)

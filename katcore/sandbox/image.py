@@ -3,6 +3,7 @@
     <root>/layers/<key>/       files of one build, on top of the parent's layers
     <root>/built/<key>.json    what a build gave: its layers, ENV and WORKDIR
     <root>/names/<name>.json   the same, under a name that a Dockerfile can start FROM
+    <root>/store.lock          held by whoever may use any of it; `prune` wants it alone
 
 A build happens in a temporary folder and is renamed into place, under a file lock: a killed build leaves
 nothing that is taken for finished, and two processes that want the same image build it once.
@@ -19,11 +20,13 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from urllib.parse import quote, unquote
 
-from katcore.errors import TaskError
+from katcore.errors import ImageError, ImageMissingError, TaskError
 from katcore.sandbox.dockerfile import Dockerfile, Step, parse
+from katcore.sandbox.unpack import resolve
 
 HOST = "host"
 """The parent of all images: the machine's own programs, read-only."""
@@ -33,12 +36,16 @@ BUILDING = "building-"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A root file system: layers (topmost first), variables and working folder."""
+    """A root file system: layers (topmost first), variables and working folder.
+
+    With `is_whole` it brings its own programs, as one that was imported; without, it has the machine's.
+    """
 
     key: str
     layers: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     workdir: str = "/"
+    is_whole: bool = False
 
 
 Runner = Callable[[Image, str], bytes]
@@ -54,10 +61,65 @@ class ImageStore:
         self._known: dict[Path, tuple[int, Image]] = {}
         for folder in ("layers", "built", "names"):
             (root / folder).mkdir(parents=True, exist_ok=True)
+        self._lock_file = (root / "store.lock").open("w")
+        fcntl.flock(self._lock_file, fcntl.LOCK_SH)
+
+    @contextmanager
+    def alone(self) -> Iterator[Path]:
+        """Its folder, while nobody else uses the store.
+
+        Raises:
+            ImageError: somebody does.
+        """
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ImageError(
+                f"{self._root} is in use by a process that may open sandboxes; ask again when it is done"
+            ) from error
+        try:
+            yield self._root
+        finally:
+            fcntl.flock(self._lock_file, fcntl.LOCK_SH)
 
     def names(self) -> tuple[str, ...]:
         """The named images, and `host`."""
-        return (HOST, *sorted(path.stem for path in (self._root / "names").glob("*.json")))
+        paths = (self._root / "names").glob("*.json")
+        return (HOST, *sorted(unquote(path.stem) for path in paths))
+
+    def named(self, name: str) -> Image | None:
+        """The image of a name; None if there is none, or its files are gone."""
+        for candidate in (name, f"{name}:latest"):
+            path = self._name(candidate)
+            if path.exists() and self._is_there(image := read_image(path)):
+                return image
+        return None
+
+    def snapshot(self, image: Image, key: str, changes: bytes) -> Image:
+        """An image and what was changed in a sandbox of it; `drop` removes it."""
+        prefix = f"{BUILDING}{self._mark}-"
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
+            top = Path(folder) / "layer"
+            _extract(changes, top)
+            layer = self._keep(top, key)
+        return replace(image, key=key, layers=(layer, *image.layers))
+
+    def drop(self, snapshot: Image) -> None:
+        """Remove the layer of a snapshot."""
+        shutil.rmtree(self.folders(snapshot)[0], ignore_errors=True)
+
+    def add(self, name: str, image: Image, write: Callable[[Path], None]) -> None:
+        """Give a name to an image whose one layer `write` fills, unless it is there already."""
+        (layer,) = image.layers
+        with self._lock(layer):
+            if not (self._root / "layers" / layer).exists():
+                prefix = f"{BUILDING}{self._mark}-"
+                with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
+                    top = Path(folder) / "layer"
+                    top.mkdir(mode=0o755)
+                    write(top)
+                    self._keep(top, layer)
+        _write_json(self._name(name), image)
 
     def folders(self, image: Image) -> tuple[Path, ...]:
         """Where the layers of an image are, topmost first."""
@@ -67,17 +129,18 @@ class ImageStore:
         """Build an environment folder and give it a name for others to start FROM.
 
         Raises:
-            TaskError: the Dockerfile is outside the subset, or its parent is not known.
+            TaskError: the Dockerfile is outside the subset.
+            ImageMissingError: its parent is not known.
         """
         image = self.image(environment, run=run)
-        _write_json(self._root / "names" / f"{name}.json", image)
+        _write_json(self._name(name), image)
         return image
 
     def image(self, environment: Path, *, run: Runner | None = None) -> Image:
         """The image of an environment folder; built now if its content is new.
 
         Raises:
-            TaskError: as `build`; or it says RUN and the caller gave nothing to run it with.
+            TaskError, ImageMissingError: as `build`; or it says RUN and there is nothing to run it with.
         """
         stamp = (environment / "Dockerfile").stat().st_mtime_ns if environment.is_dir() else 0
         known = self._known.get(environment)
@@ -87,35 +150,45 @@ class ImageStore:
         parent = self._parent(dockerfile, environment)
         key = _key(parent, environment)
         path = self._root / "built" / f"{key}.json"
-        if not path.exists():
+        if not self._is_built(path):
             with self._lock(key):
-                if not path.exists():
+                if not self._is_built(path):
                     image = self._build(key, parent, dockerfile, environment, run)
                     _write_json(path, image)
-        found = _read_json(path)
+        found = read_image(path)
+        os.utime(path)
         self._known[environment] = (stamp, found)
         return found
 
     def _parent(self, dockerfile: Dockerfile, environment: Path) -> Image:
         if dockerfile.parent == HOST:
             return Image(HOST)
-        path = self._root / "names" / f"{dockerfile.parent}.json"
-        if not path.exists():
-            raise TaskError(
+        image = self.named(dockerfile.parent)
+        if image is None:
+            raise ImageMissingError(
                 f"{environment}/Dockerfile: no image named {dockerfile.parent!r};"
-                f" known: {', '.join(self.names())}"
+                f" known: {', '.join(self.names())}; `kat images` imports and pulls"
             )
-        return _read_json(path)
+        return image
+
+    def _name(self, name: str) -> Path:
+        return self._root / "names" / f"{quote(name, safe='')}.json"
+
+    def _is_there(self, image: Image) -> bool:
+        return all(folder.is_dir() for folder in self.folders(image))
+
+    def _is_built(self, path: Path) -> bool:
+        return path.exists() and self._is_there(read_image(path))
 
     def _build(
         self,
         key: str,
-        image: Image,
+        parent: Image,
         dockerfile: Dockerfile,
         environment: Path,
         run: Runner | None,
     ) -> Image:
-        workdir, env, layers = image.workdir, dict(image.env), image.layers
+        workdir, env, layers = parent.workdir, dict(parent.env), parent.layers
         prefix = f"{BUILDING}{self._mark}-"
         with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
             top = Path(folder) / "layer"
@@ -138,9 +211,10 @@ class ImageStore:
                         )
                     layers = (self._keep(top, f"{key[:24]}-{step.line}"), *layers)
                     top = Path(folder) / f"layer-{step.line}"
-                    _extract(run(Image(key, layers, env, workdir), step.arguments[0]), top)
+                    so_far = Image(key, layers, env, workdir, parent.is_whole)
+                    _extract(run(so_far, step.arguments[0]), top)
             layers = (self._keep(top, key), *layers)
-        return Image(key, layers, env, workdir)
+        return Image(key, layers, env, workdir, parent.is_whole)
 
     def _keep(self, folder: Path, key: str) -> str:
         target = self._root / "layers" / key
@@ -208,16 +282,17 @@ def _extract(archive: bytes, top: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             if member.pax_headers.get("KATCORE.deleted"):
-                path = _inside(top, member.name)
+                path = resolve(top, member.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.mknod(path, 0o020000, os.makedev(0, 0))
             else:
                 tar.extract(member, top, filter="tar")
 
 
-def _read_json(path: Path) -> Image:
+def read_image(path: Path) -> Image:
+    """The image that a file of `built/` or `names/` says."""
     content = json.loads(path.read_bytes())
-    return Image(content["key"], tuple(content["layers"]), content["env"], content["workdir"])
+    return Image(**{**content, "layers": tuple(content["layers"])})
 
 
 def _write_json(path: Path, image: Image) -> None:

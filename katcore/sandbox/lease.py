@@ -18,13 +18,15 @@ from dataclasses import replace
 from os import getpid
 from typing import Any
 
-from katcore.config import run_name
+from katcore.config import ScheduleSettings, run_name
 from katcore.errors import LedgerError, SandboxError
 from katcore.plugin import Plugins
 from katcore.protocols import Sandbox, SandboxBackend, SupportsHandle, SupportsReap
 from katcore.sandbox import reaper
+from katcore.sandbox.demand import capacity_of
 from katcore.sandbox.ledger import Ledger
 from katcore.sandbox.process import Process
+from katcore.sandbox.scheduled import ScheduledBackend
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.task import SandboxSpec
 
@@ -39,9 +41,14 @@ _log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def open_backend(
-    plugins: Plugins, name: str, options: Mapping[str, Any] | None = None, *, work: str = ""
+    plugins: Plugins,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    work: str = "",
+    schedule: ScheduleSettings | None = None,
 ) -> AsyncIterator[SandboxBackend]:
-    """The backend of that name, whose sandboxes are on lease; closed at the end.
+    """The backend of that name, whose sandboxes are opened in turn and on lease; closed at the end.
 
     First, what dead processes left is reclaimed. `work` says what the sandboxes are for.
 
@@ -50,6 +57,8 @@ async def open_backend(
         LedgerError: the ledger cannot be used.
     """
     backend: SandboxBackend = plugins.make("sandbox", name, options)
+    settings = schedule or ScheduleSettings()
+    capacity = capacity_of(backend, settings)
     ledger = Ledger()
     holder = Holder(
         uuid.uuid4().hex[:12],
@@ -63,12 +72,13 @@ async def open_backend(
     )
     await asyncio.to_thread(ledger.connect)
     register = Register(ledger, holder)
+    scheduled = ScheduledBackend(LeasedBackend(backend, register), capacity, settings)
     try:
         await _reclaim(ledger, plugins)
-        yield LeasedBackend(backend, register)
+        yield scheduled
     finally:
         # Should this raise, the holder stays on record, and is reaped when this process is dead.
-        await backend.close()
+        await scheduled.close()
         await asyncio.to_thread(register.close)
 
 

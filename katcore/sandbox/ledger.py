@@ -101,6 +101,11 @@ class Ledger:
         self._inode = 0
         self._ahead_s = 0.0
 
+    @classmethod
+    def at(cls, path: Path) -> "Ledger":
+        """In a file of SQLite."""
+        return cls(URL.create("sqlite", database=str(path)))
+
     @property
     def name(self) -> str:
         """Where it is, without its password."""

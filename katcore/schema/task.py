@@ -9,7 +9,8 @@ class SandboxSpec:
     """The machine one rollout needs.
 
     `environment` is a folder with a Dockerfile (Harbor's `environment/`); the backend builds it once
-    per content and shares it. `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
+    per content and shares it. `snapshot` is the prepared state to start from instead, if there is one
+    (`SupportsSnapshot`). `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
     `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
     the rollout, for the ledger and for labels.
     """
@@ -21,6 +22,7 @@ class SandboxSpec:
     tools: Path | None = None
     has_door: bool = False
     serves: str = ""
+    snapshot: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,9 @@ class Task:
 
     A task is a directory in Harbor's format: `task.toml`, `instruction.md`, `environment/`,
     `tests/`, `solution/`. `group` is what is held out together (a package, a task kind). `traits`
-    are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them.
+    are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them. `setup` is a
+    shell command that prepares the sandbox, in the WORKDIR, before the agent sees it; what it leaves is there
+    in all rollouts of the task, and for the verifier.
     """
 
     id: str
@@ -40,4 +44,5 @@ class Task:
     group: str = ""
     split: str = "train"
     timeout_s: float = 60.0
+    setup: str = ""
     traits: dict[str, str] = field(default_factory=dict)

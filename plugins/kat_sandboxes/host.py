@@ -77,6 +77,12 @@ def base_layer(images: Path, mark: str) -> Path:
     return _once(images, f"layers/host-{_hash(content)}", mark, _write_base)
 
 
+def root_layer(images: Path, mark: str) -> Path:
+    """The lowest layer of images with programs of their own: places to mount at, and what they may lack."""
+    content = json.dumps([_FOLDERS, _WRITTEN])
+    return _once(images, f"layers/root-{_hash(content)}", mark, _write_root)
+
+
 def tools(images: Path, mark: str) -> Path:
     """The folder that sandboxes see as /opt/kat: the warm `python3`, and pytest. Made if it is not there."""
     versions = [metadata.version(name) for name in _TEST_PACKAGES]
@@ -110,21 +116,27 @@ def _once(images: Path, name: str, mark: str, write: Callable[[Path], None]) -> 
     return target
 
 
-def _write_base(folder: Path) -> None:
-    for name in (*_FOLDERS, *(path.lstrip("/") for path in shared_folders())):
+def _write_root(folder: Path) -> None:
+    for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for link, target in links().items():
-        (folder / link.lstrip("/")).symlink_to(target)
     for name in ("tmp", "var/tmp"):
         (folder / name).chmod(0o1777)
+    for name, text in _WRITTEN.items():
+        (folder / "etc" / name).write_text(text)
+
+
+def _write_base(folder: Path) -> None:
+    _write_root(folder)
+    for path in shared_folders():
+        (folder / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for link, target in links().items():
+        (folder / link.lstrip("/")).symlink_to(target)
     for name in _COPIED:
         source, target_path = Path("/etc") / name, folder / "etc" / name
         if source.is_dir():
             shutil.copytree(source, target_path, symlinks=True)
         elif source.exists():
             shutil.copy2(source, target_path)
-    for name, text in _WRITTEN.items():
-        (folder / "etc" / name).write_text(text)
 
 
 def _write_tools(folder: Path) -> None:

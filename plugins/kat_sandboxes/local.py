@@ -8,6 +8,7 @@ isolate, opening fails; nothing ever runs unisolated instead.
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -16,31 +17,50 @@ import secrets
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kat_sandboxes import host, reap
+from kat_sandboxes import capacity, host, reap
 from kat_sandboxes.zygote import frame
 from katcore.config import home
 from katcore.errors import (
+    EvictedError,
+    ImageMissingError,
+    NoCapacityError,
+    OutOfDiskError,
+    OutOfMemoryError,
     SandboxElsewhereError,
     SandboxError,
     SandboxGoneError,
     SandboxTimeoutError,
     SandboxUnavailableError,
+    StartTimeoutError,
 )
 from katcore.protocols import Sandbox
 from katcore.sandbox.image import Image, ImageStore
 from katcore.sandbox.process import Process
+from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import ExecResult
 from katcore.schema.task import SandboxSpec
 
 _START_TIMEOUT_S = 60.0
+_BUSY_S = 0.002
+_NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EUSERS}
+"""What the kernel says if processes, memory, namespaces, mounts or descriptors are used up."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PLAIN = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+}
+"""The environment in an image that brings its own programs."""
 _DOOR, _SENDER = struct.Struct("i"), struct.Struct("3i")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.server import main; main()"
 
@@ -55,14 +75,20 @@ class LocalConfig(BaseModel):
 
     images: Path | None = None
     scaffolds: Path | None = None
-    max_open: int = 32
 
 
 class LocalSandbox:
     """One open sandbox. Requests are served one at a time."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        end: Callable[[], Awaitable[str]],
+        keep: Callable[[bytes], contextlib.AbstractAsyncContextManager[str]],
+    ) -> None:
         self._channel = channel
+        self._end = end
+        self._keep = keep
         self._door: socket.socket | None = None
         self._machine: Process | None = None
         self._lock = asyncio.Lock()
@@ -72,12 +98,20 @@ class LocalSandbox:
     async def ready(self) -> None:
         """Wait until the machine is set up."""
         self._channel.setblocking(False)
-        data = await self._first()
-        self._reader, self._writer = await asyncio.open_connection(sock=self._channel)
-        self._reader.feed_data(data)
-        head, _ = await self._receive(_START_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                data = await self._first()
+                self._reader, self._writer = await asyncio.open_connection(sock=self._channel)
+                self._reader.feed_data(data)
+                head, _ = await self._receive()
+        except TimeoutError as error:
+            raise StartTimeoutError(
+                f"the sandbox was not ready within {_START_TIMEOUT_S:g} s"
+            ) from error
+        except asyncio.IncompleteReadError as error:
+            raise await self._why("its start") from error
         if "error" in head:
-            raise SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
+            raise _setup_failed(head)
 
     async def _first(self) -> bytes:
         """The beginning of the first message. With it come its sender's pid, and the door if there is one."""
@@ -90,12 +124,7 @@ class LocalSandbox:
 
         loop.add_reader(self._channel, wake)
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                await readable
-        except TimeoutError as error:
-            raise SandboxGoneError(
-                f"the sandbox was not ready within {_START_TIMEOUT_S:g} s"
-            ) from error
+            await readable
         finally:
             loop.remove_reader(self._channel)
         room = sum(socket.CMSG_SPACE(item.size) for item in (_DOOR, _SENDER))
@@ -154,6 +183,12 @@ class LocalSandbox:
         """See `SupportsChanges`."""
         await self._ask("apply", {}, changes)
 
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[str]:
+        """See `SupportsSnapshot`: a layer on disk, on top of those of its image."""
+        async with self._keep(await self.changes()) as name:
+            yield name
+
     def close(self) -> None:
         """Let go of the channel; the machine ends at its end of stream."""
         if self._writer:
@@ -180,6 +215,8 @@ class LocalSandbox:
                 self._writer.write(frame.pack({"do": "kill"}))
             raise
         if reply[0].get("error") == "os":
+            if do != "read" and reply[0]["errno"] in _FULL:
+                raise OutOfDiskError(f"{do}: {reply[0]['reason']}")
             raise OSError(reply[0]["errno"], reply[0]["reason"])
         if reply[0].get("error") == "value":
             raise ValueError(reply[0]["reason"])
@@ -195,22 +232,28 @@ class LocalSandbox:
     async def _exchange(self, do: str, timeout_s: float) -> tuple[dict[str, Any], bytes]:
         assert self._writer
         try:
-            await self._writer.drain()
-            return await self._receive(timeout_s)
-        except (OSError, asyncio.IncompleteReadError) as error:
-            raise SandboxGoneError(f"the sandbox died during {do}") from error
-
-    async def _receive(self, timeout_s: float) -> tuple[dict[str, Any], bytes]:
-        assert self._reader
-        try:
             async with asyncio.timeout(timeout_s):
-                lengths = frame.lengths(await self._reader.readexactly(frame.HEADER_BYTES))
-                head = json.loads(await self._reader.readexactly(lengths[0]))
-                return head, await self._reader.readexactly(lengths[1])
+                await self._writer.drain()
+                return await self._receive()
         except TimeoutError as error:
             raise SandboxGoneError(f"the sandbox did not answer within {timeout_s:g} s") from error
-        except asyncio.IncompleteReadError as error:
-            raise SandboxGoneError("the sandbox died") from error
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise await self._why(do) from error
+
+    async def _receive(self) -> tuple[dict[str, Any], bytes]:
+        assert self._reader
+        lengths = frame.lengths(await self._reader.readexactly(frame.HEADER_BYTES))
+        head = json.loads(await self._reader.readexactly(lengths[0]))
+        return head, await self._reader.readexactly(lengths[1])
+
+    async def _why(self, do: str) -> SandboxGoneError:
+        """What became of a machine that does not answer any more."""
+        cause = await self._end()
+        if cause == "memory":
+            return OutOfMemoryError(f"the sandbox ran out of memory during {do}; raise its limit")
+        if cause == "killed":
+            return EvictedError(f"the sandbox was killed from outside during {do}")
+        return SandboxGoneError(f"the sandbox died during {do}")
 
 
 class LocalBackend:
@@ -221,13 +264,13 @@ class LocalBackend:
         self._images = (config.images or home() / "images").resolve()
         self._store = ImageStore(self._images, self._mark)
         self._scaffolds = (config.scaffolds or home() / "scaffolds").resolve()
-        self._slots = asyncio.Semaphore(config.max_open)
         self._start_lock = asyncio.Lock()
         self._end_lock = asyncio.Lock()
         self._build_lock = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
-        self._base = ""
+        self._bases: dict[bool, str] = {}
+        self._snapshots: dict[str, Image] = {}
         self._ids = itertools.count()
         self.limits = "none"
 
@@ -247,6 +290,10 @@ class LocalBackend:
                 await asyncio.to_thread(reap.sweep, self._mark, self._images)
                 self._process.wait()
             self._process = None
+
+    def capacity(self) -> Capacity:
+        """See `SupportsCapacity`."""
+        return capacity.of_this_machine()
 
     def mark(self) -> str:
         """See `SupportsReap.mark`."""
@@ -269,22 +316,22 @@ class LocalBackend:
 
     @asynccontextmanager
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        async with self._slots:
+        with _no_room_said():
             await self._start()
-            image = await self._image(spec.environment)
-            async with self._machine(spec, image) as sandbox:
-                yield sandbox
+            image = await self._start_image(spec)
+        async with self._machine(spec, image) as sandbox:
+            yield sandbox
 
     @asynccontextmanager
     async def _machine(self, spec: SandboxSpec, image: Image) -> AsyncIterator[LocalSandbox]:
         identifier = next(self._ids)
-        mine, theirs = socket.socketpair()
+        with _no_room_said():
+            mine, theirs = socket.socketpair()
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        layers = [*map(str, self._store.folders(image)), self._base]
         request = {
             "id": identifier,
-            "layers": layers,
-            "env": _environment() | image.env,
+            "layers": [*map(str, self._store.folders(image)), self._bases[image.is_whole]],
+            "env": (_PLAIN if image.is_whole else _environment()) | image.env,
             "workdir": image.workdir,
             "memory_mib": spec.memory_mib,
             "max_processes": spec.max_processes,
@@ -292,10 +339,12 @@ class LocalBackend:
             "tools": self._tools(spec),
             "has_door": spec.has_door,
         }
-        sandbox = LocalSandbox(mine)
+        if image.is_whole:
+            request["shared"] = ["/dev"]
+        sandbox = LocalSandbox(mine, lambda: self._end(identifier), partial(self._keep, image))
         try:
             with theirs:
-                self._send(json.dumps(request).encode(), [theirs.fileno()])
+                await self._send(json.dumps(request).encode(), [theirs.fileno()])
             await sandbox.ready()
             yield sandbox
         finally:
@@ -311,21 +360,49 @@ class LocalBackend:
             raise SandboxError(f"{tools}: scaffolds are shown from {self._scaffolds} alone")
         return str(tools)
 
-    async def _end(self, identifier: int) -> None:
+    async def _end(self, identifier: int) -> str:
+        """End a sandbox; what had ended it before, "memory" or "killed", if it is known."""
         async with self._end_lock:
             if self._requests is None:
-                return
-            with contextlib.suppress(OSError):
-                self._requests.send(json.dumps({"id": identifier}).encode())
-                await asyncio.get_running_loop().sock_recv(self._requests, 1024)
+                return ""
+            try:
+                await self._send(json.dumps({"id": identifier}).encode(), [])
+                answer = await asyncio.get_running_loop().sock_recv(self._requests, 1024)
+            except (OSError, SandboxError):
+                return ""
+            return str(json.loads(answer or b'{"cause": ""}')["cause"])
 
-    def _send(self, data: bytes, descriptors: list[int]) -> None:
-        if self._requests is None:
-            raise SandboxGoneError("the backend is closed")
+    async def _send(self, data: bytes, descriptors: list[int]) -> None:
+        while True:
+            if self._requests is None:
+                raise SandboxGoneError("the backend is closed")
+            try:
+                socket.send_fds(self._requests, [data], descriptors)
+            except BlockingIOError:  # the server has as many requests before it as the kernel keeps
+                await asyncio.sleep(_BUSY_S)
+            except OSError as error:
+                raise SandboxError(f"the sandbox server is gone: {error}") from error
+            else:
+                return
+
+    @asynccontextmanager
+    async def _keep(self, image: Image, changes: bytes) -> AsyncIterator[str]:
+        name = f"{reap.SNAPSHOT}{self._mark}-{next(self._ids)}"
+        with _no_room_said():
+            made = await asyncio.to_thread(self._store.snapshot, image, name, changes)
+        self._snapshots[name] = made
         try:
-            socket.send_fds(self._requests, [data], descriptors)
-        except OSError as error:
-            raise SandboxError(f"the sandbox server is gone: {error}") from error
+            yield name
+        finally:
+            del self._snapshots[name]
+            await asyncio.to_thread(self._store.drop, made)
+
+    async def _start_image(self, spec: SandboxSpec) -> Image:
+        if not spec.snapshot:
+            return await self._image(spec.environment)
+        if spec.snapshot not in self._snapshots:
+            raise ImageMissingError(f"there is no snapshot {spec.snapshot} any more")
+        return self._snapshots[spec.snapshot]
 
     async def _image(self, environment: Path) -> Image:
         loop = asyncio.get_running_loop()
@@ -339,7 +416,8 @@ class LocalBackend:
     async def _run(self, image: Image, command: str) -> bytes:
         spec = SandboxSpec(Path(), memory_mib=2048, disk_mib=2048)
         async with self._machine(spec, image) as sandbox:
-            result = await sandbox.exec(["bash", "-c", command], timeout_s=600)
+            shell = "sh" if image.is_whole else "bash"
+            result = await sandbox.exec([shell, "-c", command], timeout_s=600)
             if result.exit_code:
                 output = (result.stdout + result.stderr)[-500:].decode(errors="replace")
                 raise SandboxError(f"RUN {command!r} exited with {result.exit_code}: {output}")
@@ -361,7 +439,10 @@ class LocalBackend:
                 f"local sandboxes need Linux namespaces, and this is {platform.system()};"
                 " use a Linux machine or container"
             )
-        self._base = str(host.base_layer(self._images, self._mark))
+        self._bases = {
+            False: str(host.base_layer(self._images, self._mark)),
+            True: str(host.root_layer(self._images, self._mark)),
+        }
         requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         source = str(Path(__file__).resolve().parents[1])
         with theirs:
@@ -403,6 +484,25 @@ class LocalBackend:
             "interpreter": host.import_path(),
             "overlay": ",userxattr" if os.geteuid() else "",
         }
+
+
+def _setup_failed(head: dict[str, Any]) -> SandboxError:
+    if head["errno"] in _NO_ROOM:
+        return NoCapacityError(f"this machine has no room for another sandbox: {head['reason']}")
+    return SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
+
+
+@contextlib.contextmanager
+def _no_room_said() -> Iterator[None]:
+    """While the host prepares a sandbox: its disk may be full, or its descriptors used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutOfDiskError(f"no image can be made: {error}") from error
+        if error.errno in _NO_ROOM:
+            raise NoCapacityError(f"this machine has no room for a sandbox: {error}") from error
+        raise
 
 
 def _process(pid: int) -> Process:

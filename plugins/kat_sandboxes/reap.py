@@ -2,8 +2,8 @@
 
 Its server and its sandboxes die with it by themselves: the kernel signals a process whose parent is gone, and
 the first process of a sandbox ends when nobody is at the other end. Who is left all the same is killed here.
-What never goes by itself are cgroups, and images that were being built. The root folders of sandboxes are in
-memory, and go with their processes.
+What never goes by itself are cgroups, snapshots, and images that were being built. The root folders of
+sandboxes are in memory, and go with their processes.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ from katcore.errors import SandboxError
 from katcore.sandbox.image import BUILDING
 from katcore.sandbox.process import Process
 
+SNAPSHOT = "snapshot-"
+"""How the name of a layer begins that is a snapshot; the mark of who made it comes next."""
 _PATIENCE_S = 10.0
 _RETRY_S = 0.02
 
@@ -36,7 +38,8 @@ def sweep(mark: str, images: Path) -> None:
             raise SandboxError(f"processes of {mark} come again and again: {found[0].pid}")
     for group in _groups(mark):
         _remove_group(group, until_s)
-    for unfinished in images.glob(f"{BUILDING}{mark}-*"):
+    snapshots = images.glob(f"layers/{SNAPSHOT}{mark}-*")
+    for unfinished in (*images.glob(f"{BUILDING}{mark}-*"), *snapshots):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 

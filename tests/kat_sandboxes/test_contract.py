@@ -30,6 +30,8 @@ class TestMine(SandboxContract):
 class TestLocal(SandboxContract):
     """It offers everything."""
 
+    has_snapshot = True
+
 
 class Faulty:
     """A sandbox with something wrong: what a command gives, or what is read and written, is spoilt."""

@@ -44,7 +44,7 @@ async def reward(backend: LocalBackend, task: Task, turns: tuple[str, ...]) -> f
 async def test_oracles_pass_and_nothing_or_another_s_answer_does_not(tmp_path: Path) -> None:
     tasks = synthesized(tmp_path / "tasks", "train")
     assert {task.group for task in tasks} == set(KINDS)
-    backend = LocalBackend(LocalConfig(images=tmp_path / "images", max_open=8))
+    backend = LocalBackend(LocalConfig(images=tmp_path / "images"))
     for task in tasks:
         ways = demonstrations(task)
         assert len(ways) == 2

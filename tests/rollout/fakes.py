@@ -12,7 +12,7 @@ from katcore.schema.task import SandboxSpec, Task
 
 
 class FakeSandbox:
-    """Knows `put NAME TEXT`, `get NAME` and `sleep S`; `fails` are raised by the method of that name."""
+    """Knows `put NAME TEXT`, `get NAME`, `sleep S`, `true`; `fails` are raised by the method of that name."""
 
     def __init__(self, fails: Mapping[str, Exception] | None = None) -> None:
         self.files: dict[str, bytes] = {}
@@ -35,6 +35,8 @@ class FakeSandbox:
             return ExecResult(0, b"", b"")
         if words[:1] == ["sleep"]:
             await asyncio.sleep(float(words[1]))
+            return ExecResult(0, b"", b"")
+        if words == ["true"]:
             return ExecResult(0, b"", b"")
         if words[:1] == ["get"] and words[1] in self.files:
             return ExecResult(0, self.files[words[1]], b"")

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from katcore.errors import EngineError, SandboxGoneError
+from katcore.errors import (
+    EngineError,
+    ImageMissingError,
+    NoCapacityError,
+    OutOfMemoryError,
+    SandboxError,
+    SandboxGoneError,
+    SandboxUnavailableError,
+    TaskError,
+)
 from katcore.proxy.server import Proxy
+from katcore.retry import Rule
 from katcore.rollout.collect import Limits, collect
 from katcore.rollout.single import Attempt, Parts
 from katcore.scaffold.mini import MiniConfig, MiniScaffold
@@ -109,19 +119,42 @@ async def test_attempts_are_drawn_as_they_are_needed(log: Path) -> None:
 async def test_infrastructure_failures_are_made_good_under_new_ids(log: Path) -> None:
     gone = {"exec": SandboxGoneError("x")}
     backend = FakeBackend(gone, {"open": SandboxGoneError("x")}, {}, gone)
-    found = await run(log, attempts(5), backend, Limits(2, max_retries=4))
+    found = await run(log, attempts(5), backend, Limits(2))
     assert [item.reward for item in found] == [1.0] * 5
     assert len({item.id for item in found}) == 5
 
 
 async def test_what_still_fails_is_told_unscored(log: Path) -> None:
     backend = FakeBackend(*[{"open": SandboxGoneError("x")}] * 3)
-    found = await run(log, attempts(4), backend, Limits(1, max_retries=2))
+    found = await run(log, attempts(4), backend, Limits(1))
     assert Counter(item.outcome for item in found) == {
         Outcome.SANDBOX_FAILED: 1,
         Outcome.SCORED: 3,
     }
     assert [item.reward for item in found].count(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "num_tries"),
+    [
+        (ImageMissingError("x"), 1),
+        (SandboxUnavailableError("x"), 1),
+        (TaskError("x"), 1),
+        (OutOfMemoryError("x"), 2),
+        (NoCapacityError("x"), 9),
+        (SandboxError("x"), 3),
+        (ZeroDivisionError("x"), 3),
+    ],
+)
+async def test_it_is_tried_as_often_as_its_failure_deserves_and_never_rewarded(
+    log: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, num_tries: int
+) -> None:
+    monkeypatch.setattr(Rule, "delay_s", lambda *_: 0.0)
+    backend = FakeBackend(*[{"open": error}] * 100)
+    (found,) = await run(log, attempts(1), backend)
+    assert 100 - len(backend.fails) == num_tries
+    assert (found.outcome, found.reward) == (Outcome.SANDBOX_FAILED, None)
+    assert type(error).__name__ in found.error
 
 
 async def test_a_failed_task_is_not_tried_again(log: Path) -> None:
@@ -134,7 +167,7 @@ async def test_a_failed_task_is_not_tried_again(log: Path) -> None:
 
 async def test_a_failing_engine_does_not_stop_the_others(log: Path) -> None:
     bad = Attempt(a_task(99), FakeEngine(*[EngineError("x")] * 9))
-    found = await run(log, [bad, *attempts(6)], FakeBackend(), Limits(3, max_retries=1))
+    found = await run(log, [bad, *attempts(6)], FakeBackend(), Limits(3))
     assert {item.task_id for item in found if item.reward is None} == {"t99"}
     assert len(found) == 7
 

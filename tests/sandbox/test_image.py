@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from katcore.errors import TaskError
+from katcore.errors import ImageMissingError, TaskError
 from katcore.sandbox.image import Image, ImageStore
 
 
@@ -95,7 +95,7 @@ def test_a_named_image_is_what_others_start_from(store: ImageStore, tmp_path: Pa
 
 def test_an_unknown_image_lists_the_known_ones(store: ImageStore, tmp_path: Path) -> None:
     store.build("base", environment(tmp_path / "b", "FROM host\n"))
-    with pytest.raises(TaskError, match="no image named 'bose'; known: host, base"):
+    with pytest.raises(ImageMissingError, match="no image named 'bose'; known: host, base;"):
         store.image(environment(tmp_path / "e", "FROM bose\n"))
 
 

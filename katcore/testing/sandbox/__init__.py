@@ -26,11 +26,12 @@ from katcore.testing.sandbox.files import Files
 from katcore.testing.sandbox.isolation import Isolation
 from katcore.testing.sandbox.lease import Lease
 from katcore.testing.sandbox.limits import Limits
+from katcore.testing.sandbox.snapshot import Snapshots
 from katcore.testing.sandbox.timing import Timing
 
 __all__ = ["SandboxContract"]
 
 
 @pytest.mark.asyncio(loop_scope="module")
-class SandboxContract(Commands, Timing, Files, Isolation, Limits, Changes, Door, Lease):
+class SandboxContract(Commands, Timing, Files, Isolation, Limits, Changes, Door, Lease, Snapshots):
     """All checks. Wants a fixture `backend`, of module scope and in the module's event loop."""

@@ -34,6 +34,8 @@ class Declared:
     """Its sandboxes are `SupportsDoor`."""
     can_reap = True
     """It is `SupportsReap`, and its sandboxes are `SupportsHandle`."""
+    has_snapshot = False
+    """Its sandboxes are `SupportsSnapshot`."""
     has_memory_limit = True
     has_process_limit = True
     has_disk_limit = True

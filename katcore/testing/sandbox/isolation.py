@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from katcore.errors import SandboxGoneError, TaskError
+from katcore.errors import ImageMissingError, SandboxGoneError, TaskError
 from katcore.protocols import Sandbox, SandboxBackend
 from katcore.schema.task import SandboxSpec
 from katcore.testing.sandbox.base import (
@@ -149,7 +149,7 @@ class Isolation(Declared):
         self, backend: SandboxBackend, tmp_path: Path
     ) -> None:
         folder = environment(tmp_path / "bad", "FROM katcore-no-such-image\n")
-        with pytest.raises(TaskError, match="katcore-no-such-image"):
+        with pytest.raises((TaskError, ImageMissingError), match="katcore-no-such-image"):
             async with backend.open(SandboxSpec(folder)):
                 pass
 

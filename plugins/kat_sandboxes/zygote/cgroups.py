@@ -21,6 +21,7 @@ class Groups:
     _free: list[str] = field(default_factory=list)
     _limits: dict[str, tuple[int, int]] = field(default_factory=dict)
     _doors: dict[str, list[int]] = field(default_factory=dict)
+    _kills: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def find(cls, name: str) -> "Groups":
@@ -53,10 +54,14 @@ class Groups:
             self._limits[name] = (memory_mib, max_processes)
         return name
 
-    def give_back(self, name: str) -> None:
-        """The sandbox in it is dead."""
-        if name:
-            self._free.append(name)
+    def give_back(self, name: str) -> bool:
+        """The sandbox in it is dead. Whether the kernel killed any of it because its memory was full."""
+        if not name:
+            return False
+        self._free.append(name)
+        before = self._kills.get(name, 0)
+        self._kills[name] = self._count_kills(name)
+        return self._kills[name] > before
 
     def join(self, name: str) -> None:
         """Move this process into a group."""
@@ -74,6 +79,14 @@ class Groups:
                     if entry.is_dir():
                         os.rmdir(entry.path)
                 os.rmdir(parent)
+
+    def _count_kills(self, name: str) -> int:
+        file = "memory.events" if self.kind == "v2" else "memory.oom_control"
+        try:
+            with open(f"{self.parents['memory']}/{name}/{file}") as lines:
+                return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+        except (OSError, StopIteration):
+            return 0
 
     def _make(self) -> str:
         name = str(len(self._doors))

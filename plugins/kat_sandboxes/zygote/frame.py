@@ -17,6 +17,12 @@ def pack(head: dict[str, Any], body: bytes = b"") -> bytes:
     return _LENGTHS.pack(len(text), len(body)) + text + body
 
 
+def failed(error: BaseException) -> bytes:
+    """The message that a machine could not be set up."""
+    number = getattr(error, "errno", None) or 0
+    return pack({"error": "setup", "reason": repr(error), "errno": number})
+
+
 def lengths(header: bytes) -> tuple[int, int]:
     """How long head and body are."""
     head, body = _LENGTHS.unpack(header)

@@ -49,6 +49,10 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
 def run(channel: socket.socket, spec: dict[str, Any]) -> None:
     """The whole life of a sandbox. Never returns."""
     try:
+        # The server has a descriptor or two for each sandbox; here, all have to be ones that select(2) takes.
+        low = channel.dup()
+        channel.close()
+        channel = low
         kernel.die_with_parent()
         os.setsid()
         socket.sethostname("sandbox")
@@ -72,7 +76,7 @@ def run(channel: socket.socket, spec: dict[str, Any]) -> None:
         machine.serve()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
         with contextlib.suppress(OSError):
-            channel.sendall(frame.pack({"error": "setup", "reason": repr(error)}))
+            channel.sendall(frame.failed(error))
     os._exit(0)
 
 

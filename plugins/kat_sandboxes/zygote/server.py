@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ def main() -> None:
     requests = socket.socket(fileno=os.dup(0))
     settings = json.loads(requests.recv(1 << 16) or b"{}")
     kernel.die_with_parent()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         groups = cgroups.Groups.find(settings["name"])
@@ -107,8 +110,7 @@ class Server:
             if descriptors:
                 self._make(request, socket.socket(fileno=descriptors[0]))
             else:
-                self._end(request["id"])
-                self._requests.send(b"{}")
+                self._requests.send(json.dumps({"cause": self._end(request["id"])}).encode())
 
     def end_all(self) -> None:
         """End what is still open."""
@@ -116,12 +118,12 @@ class Server:
             self._end(identifier)
 
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
-        spec = request | {key: self._settings[key] for key in ("shared", "interpreter", "overlay")}
+        spec = {key: self._settings[key] for key in ("shared", "interpreter", "overlay")} | request
         group = self._groups.take(request["memory_mib"], request["max_processes"])
         try:
             pid = kernel.fork_into(_NAMESPACES)
         except OSError as error:
-            channel.sendall(frame.pack({"error": "setup", "reason": str(error)}))
+            channel.sendall(frame.failed(error))
             self._groups.give_back(group)
         else:
             if pid == 0:
@@ -131,10 +133,16 @@ class Server:
             self._open[request["id"]] = (pid, group)
         channel.close()
 
-    def _end(self, identifier: int) -> None:
+    def _end(self, identifier: int) -> str:
+        """End a sandbox. What had ended it before: "memory", "killed", or neither."""
         pid, group = self._open.pop(identifier, (0, ""))
-        if pid:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            self._groups.give_back(group)
+        if not pid:
+            return ""
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        is_full = self._groups.give_back(group)
+        if not ended or not os.WIFSIGNALED(status):
+            return ""
+        return "memory" if is_full else "killed"
