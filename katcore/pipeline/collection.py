@@ -152,7 +152,7 @@ def open_folder(name: str, config: CollectionConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     noted = folder / "config.json"
     now = config.model_dump_json(indent=1)
-    if noted.exists() and json.loads(noted.read_text()) != json.loads(now):
+    if noted.exists() and CollectionConfig.model_validate_json(noted.read_bytes()) != config:
         raise ConfigError(
             f"{folder} was made with another config; choose another --name, or remove the folder"
         )
