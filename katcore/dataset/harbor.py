@@ -129,6 +129,7 @@ def read_task(directory: Path) -> Task:
             sandbox=SandboxSpec(
                 directory / "environment",
                 memory_mib=int(content.get("environment", {}).get("memory_mb", 512)),
+                keeps_history=_flag(metadata, "keep_git_history"),
             ),
             group=str(metadata.get("group", "")),
             split=str(metadata.get("split", "train")),
@@ -137,6 +138,13 @@ def read_task(directory: Path) -> Task:
         )
     except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:
         raise TaskError(f"{directory}/task.toml: {error}") from error
+
+
+def _flag(table: Mapping[str, Any], name: str) -> bool:
+    value = table.get(name, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it has to be true or false")
+    return value
 
 
 def demonstrations(task: Task) -> list[Demonstration]:

@@ -11,7 +11,8 @@ class SandboxSpec:
     `environment` is a folder with a Dockerfile (Harbor's `environment/`); the backend builds it once
     per content and shares it. `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
     `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
-    the rollout, for the ledger and for labels.
+    the rollout, for the ledger and for labels. What git repositories know beyond their HEAD is not in it,
+    unless it `keeps_history`.
     """
 
     environment: Path
@@ -21,6 +22,7 @@ class SandboxSpec:
     tools: Path | None = None
     has_door: bool = False
     serves: str = ""
+    keeps_history: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,3 +168,15 @@ def test_demonstrations_are_plain_json(tmp_path: Path) -> None:
     directory = write_task(tmp_path, "train", DRAFT)
     content = json.loads((directory / "solution/demonstrations.json").read_bytes())
     assert [set(item) for item in content] == [{"style", "turns"}] * 2
+
+
+def test_history_is_kept_by_those_who_say_so_alone(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    assert not read_task(directory).sandbox.keeps_history
+    path = directory / "task.toml"
+    text = path.read_text()
+    path.write_text(text.replace("[metadata]", "[metadata]\nkeep_git_history = true", 1))
+    assert read_task(directory).sandbox.keeps_history
+    path.write_text(text.replace("[metadata]", "[metadata]\nkeep_git_history = 'no'", 1))
+    with pytest.raises(TaskError, match="has to be true or false"):
+        read_task(directory)

@@ -1,0 +1,18 @@
+"""What a repository in an image knows of later than its HEAD is taken out, before an agent sees it.
+
+A task that was made of a repository's past is made of a clone that knows the future, the repair above all.
+"""
+
+import os
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("history.sh").read_text()
+"""Run by bash as root, once in each new image; it fails where a repository cannot be read."""
+
+
+def has_repository(layer: Path) -> bool:
+    """Whether there is anything of a git repository, with a working tree or bare, in a folder of files."""
+    return any(
+        ".git" in {*folders, *files} or {"objects", "refs"} <= set(folders)
+        for _, folders, files in os.walk(layer)
+    )
