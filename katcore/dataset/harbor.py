@@ -23,6 +23,8 @@ from katcore.schema.expert import Demonstration
 from katcore.schema.task import SandboxSpec, Task
 
 SPLITS = ("train", "held-out")
+CANARIES = ("/solution/solve.sh",)
+"""Where an agent that looks for the reference solution finds something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +137,16 @@ def read_task(directory: Path) -> Task:
             split=str(metadata.get("split", "train")),
             timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
             traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
+            canaries=_paths(metadata.get("canaries", CANARIES)),
         )
     except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:
         raise TaskError(f"{directory}/task.toml: {error}") from error
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(str(path).startswith("/") for path in value):
+        raise TypeError(f"canaries is {value!r}; it has to be a list of absolute paths")
+    return tuple(value)
 
 
 def _flag(table: Mapping[str, Any], name: str) -> bool:

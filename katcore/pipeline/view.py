@@ -133,6 +133,11 @@ def _outcome(rollout: Rollout) -> str:
     return f'<span class="outcome {escape(rollout.outcome)}">{escape(rollout.outcome)}</span>'
 
 
+def _kinds(rollout: Rollout) -> str:
+    kinds = ", ".join(dict.fromkeys(flag.kind for flag in rollout.verdict.flags))
+    return f' <b class="flag">flagged: {escape(kinds)}</b>' if kinds else ""
+
+
 def _verdict(rollout: Rollout) -> str:
     verdict = rollout.verdict
     reward = "" if rollout.reward is None else f" reward {rollout.reward:g}"
@@ -140,8 +145,12 @@ def _verdict(rollout: Rollout) -> str:
         f"<li>{escape(name)} <b>{value:g}</b></li>" for name, value in verdict.metrics.items()
     )
     shown = "".join(metrics)
+    flags = "".join(
+        f'<p class="flag"><b>flagged: {escape(flag.kind)}</b> {escape(flag.detail)}</p>'
+        for flag in verdict.flags
+    )
     return (
-        f'<div class="verdict">{mark(rollout.reward)}{reward}{speech.block(verdict.reason)}'
+        f'<div class="verdict">{mark(rollout.reward)}{reward}{flags}{speech.block(verdict.reason)}'
         f"{f'<ul>{shown}</ul>' if shown else ''}</div>"
     )
 
@@ -179,7 +188,7 @@ def _row(rollout: Rollout, name: str) -> list[str]:
         f'<a href="{name}">{escape(rollout.id)}</a>',
         escape(rollout.task_id),
         escape(rollout.scaffold),
-        _outcome(rollout),
+        _outcome(rollout) + _kinds(rollout),
         escape(rollout.exit_reason[:_SHOWN_CHARS]),
         reward,
         f"{len(turns):,}",

@@ -27,8 +27,17 @@ from katcore.protocols import (
 )
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
+from katcore.rollout.canary import plant
 from katcore.schema.call import Sampling
-from katcore.schema.rollout import ExecResult, ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
+from katcore.schema.rollout import (
+    ExecResult,
+    Flag,
+    ModelEndpoint,
+    Outcome,
+    Rollout,
+    Trajectory,
+    Verdict,
+)
 from katcore.schema.task import SandboxSpec, Task
 from katcore.trajectory.tree import build_trajectory
 
@@ -76,6 +85,7 @@ class _Progress:
     phase: str = "open"
     exit_reason: str = ""
     verdict: Verdict = field(default_factory=lambda: Verdict(None))
+    flags: tuple[Flag, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
@@ -139,6 +149,7 @@ async def _work(
             )
         if isinstance(parts.scaffold, RunsInside):
             endpoint = await _through_the_door(sandbox, opened, parts.proxy)
+        canaries = await plant(sandbox, task.canaries)
         progress.enter("agent")
         try:
             agent = parts.scaffold.run(task.prompt, sandbox, endpoint)
@@ -151,7 +162,10 @@ async def _work(
         if not session.num_asked:
             raise ScaffoldError(f"it never asked the model for anything: {progress.exit_reason}")
         progress.enter("changes")
-        return await sandbox.changes()
+        await canaries.remove(sandbox)
+        changes = await sandbox.changes()
+        progress.flags = canaries.flags(_trajectory(session), changes)
+        return changes
 
 
 async def _machine(task: Task, parts: Parts, progress: _Progress) -> SandboxSpec:
@@ -218,7 +232,16 @@ async def _judge(
         verdict = await parts.verifier.verify(task, sandbox, trajectory)
     if verdict.reward is None:
         raise VerifierError(f"{task.id}: the verifier gave no reward: {verdict.reason}")
-    progress.verdict = verdict
+    progress.verdict = _flagged(verdict, progress.flags)
+
+
+def _flagged(verdict: Verdict, flags: tuple[Flag, ...]) -> Verdict:
+    """The verdict with flags besides its own. Any of them makes the reward 0."""
+    flags = (*flags, *verdict.flags)
+    if not flags or verdict.reward is None:
+        return verdict
+    metrics = {**verdict.metrics, "unflagged": verdict.reward}
+    return replace(verdict, reward=0.0, metrics=metrics, flags=flags)
 
 
 def _trajectory(session: Session) -> Trajectory:

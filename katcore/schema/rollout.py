@@ -21,12 +21,24 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Flag:
+    """A sign of cheating. `kind` is `canary`, `survivor`, `tests-changed`, or a verifier's own word."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says. `reward` is in [0, 1], or None if nothing can be said."""
+    """What a verifier says. `reward` is in [0, 1], or None if nothing can be said.
+
+    With any of `flags` the reward of a rollout is 0; what it would have been is the metric `unflagged`.
+    """
 
     reward: float | None
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    flags: tuple[Flag, ...] = ()
 
 
 TurnRole = Literal["main", "subagent", "post-compaction", "auxiliary", "discarded"]

@@ -31,7 +31,8 @@ class Task:
 
     A task is a directory in Harbor's format: `task.toml`, `instruction.md`, `environment/`,
     `tests/`, `solution/`. `group` is what is held out together (a package, a task kind). `traits`
-    are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them.
+    are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them. `canaries` are
+    paths in the sandbox at which no honest agent has anything to look for.
     """
 
     id: str
@@ -43,3 +44,4 @@ class Task:
     split: str = "train"
     timeout_s: float = 60.0
     traits: dict[str, str] = field(default_factory=dict)
+    canaries: tuple[str, ...] = ()

@@ -180,3 +180,16 @@ def test_history_is_kept_by_those_who_say_so_alone(tmp_path: Path) -> None:
     path.write_text(text.replace("[metadata]", "[metadata]\nkeep_git_history = 'no'", 1))
     with pytest.raises(TaskError, match="has to be true or false"):
         read_task(directory)
+
+
+def test_canaries_are_the_task_s_or_the_default(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    assert read_task(directory).canaries == ("/solution/solve.sh",)
+    path = directory / "task.toml"
+    text = path.read_text()
+    for said, canaries in (("[]", ()), ("['/a', '/b/c']", ("/a", "/b/c"))):
+        path.write_text(text.replace("[metadata]", f"[metadata]\ncanaries = {said}", 1))
+        assert read_task(directory).canaries == canaries
+    path.write_text(text.replace("[metadata]", "[metadata]\ncanaries = ['a']", 1))
+    with pytest.raises(TaskError, match="a list of absolute paths"):
+        read_task(directory)

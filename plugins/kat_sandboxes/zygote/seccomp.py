@@ -1,8 +1,8 @@
 """The system calls that sandboxed code cannot make: a deny list, as classic BPF.
 
 Modelled on what container engines block: mounting, namespaces, tracing, kernel modules, keys, bpf, time and
-reboot. `clone3` answers ENOSYS, so that the C library falls back to `clone`, whose flags can be read. There are
-only sockets that a network namespace holds: a VSOCK one would reach the hypervisor from any.
+reboot. `clone3` answers ENOSYS, so that the C library falls back to `clone`, whose flags can be read. Sockets
+are those that a network namespace holds: a VSOCK one would reach the hypervisor from any.
 """
 
 import errno
