@@ -1,4 +1,4 @@
-"""Writes docs/reference/{hooks,cli,config,collection,offers}.md from the live objects; `--check` compares."""
+"""Writes the pages of docs/reference/ that have a function here from the live objects; `--check` compares."""
 
 import argparse
 import ast
@@ -17,6 +17,7 @@ from katcore import config, protocols
 from katcore.cli import app
 from katcore.pipeline.collection import Choice, CollectionConfig
 from katcore.plugin import Offer, Plugins, hookspecs
+from katcore.testing.redteam.tricks import TRICKS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 _NOTE = "<!-- Written by scripts/reference.py; do not edit. -->\n\n"
@@ -107,12 +108,32 @@ def _sections(top: type[BaseModel]) -> Iterator[str]:
         yield f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n"
 
 
+def red_team() -> str:
+    """The known tricks, and what comes of each."""
+    parts = [
+        "# The red team\n\n",
+        _NOTE,
+        "What agents do to be rewarded without doing the task. `katcore.testing.redteam.RedTeam` attempts"
+        " each of these in real sandboxes and their grading ([how](../how-to/sandboxes.md)). *Works naively*:"
+        " the suite also shows that the trick succeeds where history and solution are in the agent's own"
+        " sandbox, and the tests are run there.\n\n"
+        "| trick | the agent | stopped because | comes to | works naively |\n"
+        "|---|---|---|---|---|\n",
+    ]
+    for trick in TRICKS:
+        end = f"flagged: `{trick.flag}`" if trick.flag else "contained"
+        naive = "yes" if trick.naive else ""
+        parts.append(f"| `{trick.name}` | {trick.tries} | {trick.stopped} | {end} | {naive} |\n")
+    return "".join(parts)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks,
     "cli.md": cli,
     "config.md": settings,
     "collection.md": collections,
     "offers.md": offers,
+    "red-team.md": red_team,
 }
 
 

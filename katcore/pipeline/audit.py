@@ -24,7 +24,8 @@ from katcore.trajectory.audit import audit_samples
 class Found:
     """What was proven, and what the log says of the calls.
 
-    `num_flagged` rollouts, of those in a `rollouts.jsonl` beside the samples, have a flag of cheating. `num_forks` counts calls that left the conversation they continued before its end. `violation` is the
+    `num_flagged` rollouts, of those in a `rollouts.jsonl` beside the samples, have a flag of cheating.
+    `num_forks` counts calls that left the conversation they continued before its end. `violation` is the
     first training token that the log does not bear out, "" if there is none.
     """
 

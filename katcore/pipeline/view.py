@@ -16,7 +16,7 @@ from katcore.pipeline.browse import mark
 from katcore.pipeline.chart import escape
 from katcore.pipeline.document import document, table, write
 from katcore.pipeline.recorded import ROLLOUTS, read_rollouts, rollout_file
-from katcore.schema.rollout import Outcome, Rollout
+from katcore.schema.rollout import Outcome, Rollout, Visit
 
 TOKENS, INDEX = "tokens.json", "index.html"
 _SHOWN_CHARS = 300
@@ -123,6 +123,7 @@ def _head(rollout: Rollout) -> str:
         "verdict": _verdict(rollout),
         "exit reason": escape(rollout.exit_reason),
         "error": speech.block(rollout.error),
+        "went to": "<br>".join(map(_visit, rollout.visits)),
         "seconds": f"{seconds}; in all {_seconds(rollout):.1f}" if seconds else "",
     }
     rows = (f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
@@ -131,6 +132,11 @@ def _head(rollout: Rollout) -> str:
 
 def _outcome(rollout: Rollout) -> str:
     return f'<span class="outcome {escape(rollout.outcome)}">{escape(rollout.outcome)}</span>'
+
+
+def _visit(visit: Visit) -> str:
+    what = visit.refused or f"{visit.address}, sent {visit.sent:,} bytes, got {visit.received:,}"
+    return f"<code>{escape(visit.host)}:{visit.port}</code> <small>{escape(what)}</small>"
 
 
 def _kinds(rollout: Rollout) -> str:

@@ -1,10 +1,11 @@
 # Leaves in every git repository of a root file system HEAD, what leads up to it, its tags, and the working tree.
-# Branches, remotes, stashes, reflogs, notes, hooks, linked worktrees, borrowed and unreachable objects go. What is
-# staged goes too: the index becomes that of HEAD. Wants git and find. Cargo's own clones have no HEAD to go by.
+# Branches, remotes, stashes, reflogs, notes, hooks, linked worktrees, unreachable objects and stores of objects that
+# are no repository go. What is staged goes too: the index becomes that of HEAD. Wants git and find.
 set -eu
 export HOME=/nonexistent GIT_NO_REPLACE_OBJECTS=1 GIT_NO_LAZY_FETCH=1
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory 'GIT_CONFIG_VALUE_0=*'
 found=$(mktemp -d)
+: > "$found/repositories" > "$found/stores"
 trap 'rm -rf "$found"' EXIT
 
 repository() { git --git-dir="$1" "${@:2}"; }
@@ -50,20 +51,25 @@ swap() {
   chown -R "$(stat -c %u:%g "$old")" "$old"
 }
 
+# Cargo's own clones have no HEAD to go by.
 find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path '*/.cargo/git' \) -prune \
   -o -type d -name objects -print > "$found/objects" 2>/dev/null || :
 while IFS= read -r objects; do
   old=${objects%/objects}
-  [ ! -e "$old/HEAD" ] || [ ! -d "$old/refs" ] || echo "$old"
-done < "$found/objects" > "$found/repositories"
+  if [ -e "$old/HEAD" ] && [ -d "$old/refs" ]; then
+    echo "$old" >> "$found/repositories"
+  elif [ -d "$objects/pack" ] && [ -d "$objects/info" ]; then
+    echo "$objects" >> "$found/stores"
+  fi
+done < "$found/objects"
 while IFS= read -r old; do
   prepare "$old"
   [ ! -f "$old/objects/info/alternates" ] ||
-    (cd "$old/objects" && grep -v '^#' info/alternates | xargs -r -d '\n' realpath -m) >> "$found/borrowed"
+    (cd "$old/objects" && grep -v '^#' info/alternates | xargs -r -d '\n' realpath -m) >> "$found/stores"
 done < "$found/repositories"
 while IFS= read -r old; do swap "$old"; done < "$found/repositories"
-[ ! -f "$found/borrowed" ] || while IFS= read -r objects; do
-  [ -e "$objects/../HEAD" ] || rm -rf "$objects"
-done < "$found/borrowed"
+while IFS= read -r objects; do
+  [ -e "${objects%/*}/HEAD" ] || rm -rf "$objects"
+done < "$found/stores"
 find / -xdev \( -path /proc -o -path /sys -o -path /dev \) -prune -o -type f -name .git \
   -exec grep -q '^gitdir: .*/worktrees/' {} \; -exec rm -f {} + 2>/dev/null || :

@@ -113,6 +113,22 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """One connection through the way out of a task that has one.
+
+    `refused` says why it was; "" if it was let through. `address` is what the name was resolved to on the
+    host; `sent` and `received` are bytes.
+    """
+
+    host: str
+    port: int
+    address: str = ""
+    refused: str = ""
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One attempt at one task: what happened, and whether it may be learnt from.
 
@@ -131,6 +147,7 @@ class Rollout:
     error: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     scaffold: str = ""
+    visits: tuple[Visit, ...] = ()
     schema_version: int = 1
 
     @property

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+Egress = Literal["none", "proxy", "allowlist"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Task:
     A task is a directory in Harbor's format: `task.toml`, `instruction.md`, `environment/`,
     `tests/`, `solution/`. `group` is what is held out together (a package, a task kind). `traits`
     are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them. `canaries` are
-    paths in the sandbox at which no honest agent has anything to look for.
+    paths in the sandbox at which no honest agent has anything to look for. `egress` is where an agent may go:
+    nowhere (`none`), to its model (`proxy`), or to `allowed_hosts` as well (`allowlist`).
     """
 
     id: str
@@ -45,3 +49,5 @@ class Task:
     timeout_s: float = 60.0
     traits: dict[str, str] = field(default_factory=dict)
     canaries: tuple[str, ...] = ()
+    egress: Egress = "proxy"
+    allowed_hosts: tuple[str, ...] = ()

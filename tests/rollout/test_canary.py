@@ -34,7 +34,7 @@ def test_it_is_noticed_in_any_form(before: str, after: str) -> None:
         "\n".join(text),
     ):
         assert CANARIES.flags(heard(Message("user", form)), b""), form
-        assert CANARIES.flags(heard(), b"\0" + form.encode() + b"\0"), form
+        assert CANARIES.flags(heard(), b"\0" + CANARIES.content + form.encode() + b"\0"), form
 
 
 def test_it_says_where() -> None:
@@ -47,13 +47,14 @@ def test_it_says_where() -> None:
         heard(Message("assistant", "", f"hm, {WORD}")),
     ):
         assert CANARIES.flags(trajectory, b"") == (Flag("canary", seen),)
-    both = CANARIES.flags(heard(text=WORD), WORD.encode())
+    both = CANARIES.flags(heard(text=WORD), 2 * CANARIES.content)
     assert both == (Flag("canary", f"{seen}, what it left behind"),)
 
 
 def test_nothing_else_is_noticed() -> None:
     other = heard(Message("user", f"{WORD[:-1]} /solution/solve.sh"), text="cat /solution/solve.sh")
     assert CANARIES.flags(other, base64.b64encode(WORD[:20].encode())) == ()
+    assert CANARIES.flags(heard(), b"it was not taken away: " + CANARIES.content) == ()
     assert Canaries(WORD, ()).flags(heard(text=WORD), WORD.encode()) == ()
 
 
@@ -65,3 +66,11 @@ async def test_what_is_there_already_is_left_alone() -> None:
     assert sandbox.files["/own"] == b"the task's"
     assert sandbox.files["/new"].count(one.word.encode()) == 2
     assert one.word != two.word
+
+
+async def test_what_the_agent_wrote_at_its_place_is_its_own() -> None:
+    for data, is_left in ((CANARIES.content, False), (b"mine", True)):
+        sandbox = FakeSandbox()
+        sandbox.files["/solution/solve.sh"] = data
+        await CANARIES.remove(sandbox)
+        assert bool(sandbox.files) == is_left
