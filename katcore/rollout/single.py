@@ -172,7 +172,8 @@ async def _work(
             raise ScaffoldError(f"it never asked the model for anything: {progress.exit_reason}")
         progress.enter("changes")
         changes = await sandbox.changes()
-        progress.flags = progress.canaries.flags(_trajectory(session), changes)
+        looking = asyncio.to_thread(progress.canaries.flags, _trajectory(session), changes)
+        progress.flags = await looking
         return changes
 
 
