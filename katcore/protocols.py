@@ -77,7 +77,10 @@ class SupportsChanges(Protocol):
     """A sandbox that can say what was changed since it was opened, and repeat it in another."""
 
     async def changes(self) -> bytes:
-        """An archive of all changed and deleted files outside /tmp, /proc and /dev."""
+        """An archive of all changed and deleted files outside /tmp, /proc and /dev.
+
+        It is not compressed: what a file holds is found in it as it is.
+        """
 
     async def apply(self, changes: bytes) -> None:
         """Make the changes of another sandbox of the same image."""

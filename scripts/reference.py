@@ -18,6 +18,7 @@ from katcore.cli import app
 from katcore.pipeline.collection import Choice, CollectionConfig
 from katcore.pipeline.training import CONFIGS, DomainConfig
 from katcore.plugin import Offer, Plugins, hookspecs
+from katcore.testing.redteam.tricks import TRICKS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 _NOTE = "<!-- Written by scripts/reference.py; do not edit. -->\n\n"
@@ -130,6 +131,25 @@ def _sections(top: type[BaseModel]) -> Iterator[str]:
         yield f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n"
 
 
+def red_team() -> str:
+    """The known tricks, and what comes of each."""
+    parts = [
+        "# The red team\n\n",
+        _NOTE,
+        "What agents do to be rewarded without doing the task. `katcore.testing.redteam.RedTeam` attempts"
+        " each of these in real sandboxes and their grading ([how](../how-to/sandboxes.md)). *Works naively*:"
+        " the suite also shows that the trick succeeds where history and solution are in the agent's own"
+        " sandbox, and the tests are run there.\n\n"
+        "| trick | the agent | stopped because | comes to | works naively |\n"
+        "|---|---|---|---|---|\n",
+    ]
+    for trick in TRICKS:
+        end = f"flagged: `{trick.flag}`" if trick.flag else "contained"
+        naive = "yes" if trick.naive else ""
+        parts.append(f"| `{trick.name}` | {trick.tries} | {trick.stopped} | {end} | {naive} |\n")
+    return "".join(parts)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks,
     "cli.md": cli,
@@ -137,6 +157,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "collection.md": collections,
     "training.md": trainings,
     "offers.md": offers,
+    "red-team.md": red_team,
 }
 
 

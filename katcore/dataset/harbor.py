@@ -10,19 +10,23 @@ Upstream format: https://harborframework.com/docs/tasks.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from katcore.errors import TaskError
 from katcore.schema.expert import Demonstration
-from katcore.schema.task import SandboxSpec, Task
+from katcore.schema.task import Egress, SandboxSpec, Task
 
+_HOST = re.compile(r"(\*\.)?([a-z0-9_-]+\.)+[a-z][a-z0-9-]*(:[0-9]{1,5})?", re.IGNORECASE)
 SPLITS = ("train", "held-out")
+CANARIES = ("/solution/solve.sh",)
+"""Where an agent that looks for the reference solution finds something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +135,52 @@ def read_task(directory: Path) -> Task:
             sandbox=SandboxSpec(
                 directory / "environment",
                 memory_mib=int(environment.get("memory_mb", 512)),
+                keeps_history=_flag(metadata, "keep_git_history"),
             ),
             group=str(metadata.get("group", "")),
             split=str(metadata.get("split", "train")),
             timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
             setup=str(environment.get("setup", "")),
             traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
+            canaries=_paths(metadata.get("canaries", CANARIES)),
+            egress=_egress(content),
+            allowed_hosts=_hosts(content.get("environment", {}).get("allowed_hosts", ())),
         )
     except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:
         raise TaskError(f"{directory}/task.toml: {error}") from error
+
+
+def _egress(content: Mapping[str, Any]) -> Egress:
+    """Harbor's `network_mode`, or our own `egress`. The whole internet is open to no task."""
+    mode = content.get("environment", {}).get("network_mode", "")
+    said = content.get("metadata", {}).get(
+        "egress", "allowlist" if mode == "allowlist" else "proxy"
+    )
+    if said not in get_args(Egress):
+        raise ValueError(f"egress is {said!r}; choose one of: {', '.join(get_args(Egress))}")
+    return cast(Egress, said)
+
+
+def _hosts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(_HOST.fullmatch(str(host)) for host in value):
+        raise ValueError(
+            f"allowed_hosts is {value!r}; it has to be a list of names, such as example.org, *.example.org or"
+            " example.org:8443"
+        )
+    return tuple(host.lower() for host in value)
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(str(path).startswith("/") for path in value):
+        raise TypeError(f"canaries is {value!r}; it has to be a list of absolute paths")
+    return tuple(value)
+
+
+def _flag(table: Mapping[str, Any], name: str) -> bool:
+    value = table.get(name, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it has to be true or false")
+    return value
 
 
 def demonstrations(task: Task) -> list[Demonstration]:

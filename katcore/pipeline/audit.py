@@ -13,6 +13,7 @@ import orjson
 from rich.table import Table
 
 from katcore.errors import StageError
+from katcore.pipeline.recorded import ROLLOUTS
 from katcore.schema.call import ModelCall
 from katcore.schema.codec import T, from_json
 from katcore.schema.sample import Sample
@@ -23,6 +24,7 @@ from katcore.trajectory.audit import audit_samples
 class Found:
     """What was proven, and what the log says of the calls.
 
+    `num_flagged` rollouts, of those in a `rollouts.jsonl` beside the samples, have a flag of cheating.
     `num_forks` counts calls that left the conversation they continued before its end. `violation` is the
     first training token that the log does not bear out, "" if there is none.
     """
@@ -34,6 +36,7 @@ class Found:
     num_exact: int = 0
     num_retokenised: int = 0
     num_forks: int = 0
+    num_flagged: int = 0
     num_violations: int = 0
     violation: str = ""
 
@@ -72,17 +75,21 @@ def files_of(path: Path | None, calls: Path | None, samples: Path | None) -> tup
 
 
 def audit_files(calls: Path, samples: Path) -> Found:
-    """Prove every trained token of `samples` from `calls`.
+    """Prove every trained token of `samples` from `calls`, and that no flagged rollout was rewarded.
 
     Raises:
         StageError: a line is no record of its kind; names the file and the line.
     """
     log = _Lines(calls, "session_id", may_be_torn=True)
     rows = _Lines(samples, "rollout_id", may_be_torn=False)
-    total = Found(num_sessions=len(log.places))
+    flagged = _flagged(samples.with_name(ROLLOUTS))
+    total = Found(num_sessions=len(log.places), num_flagged=len(flagged))
     for name in dict.fromkeys((*rows.places, *log.places)):
         made = list(log.read(ModelCall, name))
         audit = audit_samples(rows.read(Sample, name), {name: made})
+        problems = list(audit.problems)
+        if name in flagged and any(sample.reward for sample in rows.read(Sample, name)):
+            problems.append(f"{name}: it was rewarded, though it is flagged: {flagged[name]}")
         total = Found(
             total.num_samples + audit.num_samples,
             total.num_trained_tokens + audit.num_trained_tokens,
@@ -91,8 +98,9 @@ def audit_files(calls: Path, samples: Path) -> Found:
             total.num_exact + sum(call.is_exact for call in made),
             total.num_retokenised + sum(call.num_retokenised for call in made),
             total.num_forks + _num_forks(made),
-            total.num_violations + len(audit.problems),
-            total.violation or next(iter(audit.problems), ""),
+            total.num_flagged,
+            total.num_violations + len(problems),
+            total.violation or next(iter(problems), ""),
         )
     return total
 
@@ -116,6 +124,7 @@ def as_table(found: Found) -> Table:
         ("exact prompts", "none" if exact is None else f"{exact:.2%}"),
         ("retokenised answers", f"{found.num_retokenised:,}"),
         ("forks", f"{found.num_forks:,}"),
+        ("flagged rollouts", f"{found.num_flagged:,}"),
         ("violations", f"{found.num_violations:,}"),
     ):
         table.add_row(what, count)
@@ -157,6 +166,19 @@ class _Lines:
             raise StageError(
                 f"{self._path}, line {number}: not a record with {field!r}: {error}"
             ) from error
+
+
+def _flagged(path: Path) -> dict[str, str]:
+    """What the flagged rollouts of a file are flagged with, by their ids; of nothing if there is no file."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        rollouts = (orjson.loads(line) for line in file if line.endswith(b"\n"))
+        return {
+            str(item["id"]): str(item["verdict"]["flags"][0]["detail"])
+            for item in rollouts
+            if item["verdict"].get("flags")
+        }
 
 
 def _num_forks(calls: list[ModelCall]) -> int:

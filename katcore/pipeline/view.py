@@ -16,7 +16,7 @@ from katcore.pipeline.browse import mark
 from katcore.pipeline.chart import escape
 from katcore.pipeline.document import document, table, write
 from katcore.pipeline.recorded import ROLLOUTS, read_rollouts, rollout_file
-from katcore.schema.rollout import Outcome, Rollout
+from katcore.schema.rollout import Outcome, Rollout, Visit
 
 TOKENS, INDEX = "tokens.json", "index.html"
 _SHOWN_CHARS = 300
@@ -123,6 +123,7 @@ def _head(rollout: Rollout) -> str:
         "verdict": _verdict(rollout),
         "exit reason": escape(rollout.exit_reason),
         "error": speech.block(rollout.error),
+        "went to": "<br>".join(map(_visit, rollout.visits)),
         "seconds": f"{seconds}; in all {_seconds(rollout):.1f}" if seconds else "",
     }
     rows = (f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
@@ -133,6 +134,16 @@ def _outcome(rollout: Rollout) -> str:
     return f'<span class="outcome {escape(rollout.outcome)}">{escape(rollout.outcome)}</span>'
 
 
+def _visit(visit: Visit) -> str:
+    what = visit.refused or f"{visit.address}, sent {visit.sent:,} bytes, got {visit.received:,}"
+    return f"<code>{escape(visit.host)}:{visit.port}</code> <small>{escape(what)}</small>"
+
+
+def _kinds(rollout: Rollout) -> str:
+    kinds = ", ".join(dict.fromkeys(flag.kind for flag in rollout.verdict.flags))
+    return f' <b class="flag">flagged: {escape(kinds)}</b>' if kinds else ""
+
+
 def _verdict(rollout: Rollout) -> str:
     verdict = rollout.verdict
     reward = "" if rollout.reward is None else f" reward {rollout.reward:g}"
@@ -140,8 +151,12 @@ def _verdict(rollout: Rollout) -> str:
         f"<li>{escape(name)} <b>{value:g}</b></li>" for name, value in verdict.metrics.items()
     )
     shown = "".join(metrics)
+    flags = "".join(
+        f'<p class="flag"><b>flagged: {escape(flag.kind)}</b> {escape(flag.detail)}</p>'
+        for flag in verdict.flags
+    )
     return (
-        f'<div class="verdict">{mark(rollout.reward)}{reward}{speech.block(verdict.reason)}'
+        f'<div class="verdict">{mark(rollout.reward)}{reward}{flags}{speech.block(verdict.reason)}'
         f"{f'<ul>{shown}</ul>' if shown else ''}</div>"
     )
 
@@ -179,7 +194,7 @@ def _row(rollout: Rollout, name: str) -> list[str]:
         f'<a href="{name}">{escape(rollout.id)}</a>',
         escape(rollout.task_id),
         escape(rollout.scaffold),
-        _outcome(rollout),
+        _outcome(rollout) + _kinds(rollout),
         escape(rollout.exit_reason[:_SHOWN_CHARS]),
         reward,
         f"{len(turns):,}",

@@ -17,6 +17,8 @@ from katcore.errors import ProxyError
 from katcore.proxy import anthropic_messages, chat_completions, responses
 from katcore.proxy.capture import Capture, Source
 from katcore.proxy.dialect import STATUS, Dialect, Problem, Reply
+from katcore.proxy.door import Door
+from katcore.proxy.egress import Egress
 from katcore.proxy.session import Session, SessionSpec
 from katcore.schema.rollout import ModelEndpoint
 from katcore.trajectory.calls import CallLog
@@ -43,7 +45,7 @@ class Proxy:
         self._capture = Capture(self._log)
         self._port = port
         self._sessions: dict[str, Session] = {}
-        self._doors: dict[str, list[web.AppRunner]] = {}
+        self._doors: dict[str, list[web.AppRunner | Door]] = {}
         self._runner = self._serving(None)
 
     async def __aenter__(self) -> "Proxy":
@@ -68,18 +70,24 @@ class Proxy:
         self._sessions[session.key] = session
         return session, ModelEndpoint(f"http://127.0.0.1:{self._port}", session.key, spec.model)
 
-    async def listen(self, session: Session, door: socket.socket) -> None:
-        """Serve this session, and no other, on a listening socket of its sandbox."""
+    async def listen(
+        self, session: Session, door: socket.socket, egress: Egress | None = None
+    ) -> None:
+        """Serve this session, and no other, on a listening socket of its sandbox; and the way out, if any."""
         runner = self._serving(session)
         await runner.setup()
-        await web.SockSite(runner, door).start()
-        self._doors.setdefault(session.key, []).append(runner)
+        doors = self._doors.setdefault(session.key, [])
+        if egress:
+            doors.append(Door(door, runner, egress))
+        else:
+            await web.SockSite(runner, door).start()
+        doors.append(runner)
 
     async def close(self, session: Session) -> None:
         """Refuse the session's key from now on, and shut its doors."""
         self._sessions.pop(session.key, None)
-        for runner in self._doors.pop(session.key, ()):
-            await runner.cleanup()
+        for door in self._doors.pop(session.key, ()):
+            await (door.close() if isinstance(door, Door) else door.cleanup())
 
     def _serving(self, door: Session | None) -> web.AppRunner:
         app = web.Application(client_max_size=_MAX_BODY)

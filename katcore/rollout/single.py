@@ -25,11 +25,22 @@ from katcore.protocols import (
     SupportsDoor,
     Verifier,
 )
+from katcore.proxy.egress import Egress
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
+from katcore.rollout.canary import Canaries, plant
 from katcore.rollout.prepare import Preparations, set_up
+from katcore.rollout.reaching import Reaching
 from katcore.schema.call import Sampling
-from katcore.schema.rollout import ExecResult, ModelEndpoint, Outcome, Rollout, Trajectory, Verdict
+from katcore.schema.rollout import (
+    ExecResult,
+    Flag,
+    ModelEndpoint,
+    Outcome,
+    Rollout,
+    Trajectory,
+    Verdict,
+)
 from katcore.schema.task import SandboxSpec, Task
 from katcore.trajectory.tree import build_trajectory
 
@@ -77,6 +88,9 @@ class _Progress:
     phase: str = "open"
     exit_reason: str = ""
     verdict: Verdict = field(default_factory=lambda: Verdict(None))
+    canaries: Canaries = field(default_factory=lambda: Canaries(""))
+    flags: tuple[Flag, ...] = ()
+    egress: Egress | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
@@ -138,6 +152,7 @@ async def run_rollout(
         reason,
         progress.seconds,
         progress.scaffold,
+        tuple(progress.egress.visits) if progress.egress else (),
     )
 
 
@@ -152,11 +167,16 @@ async def _work(
                 "this sandbox cannot say what was changed; it cannot be judged afresh"
             )
         await set_up(task, sandbox)
-        if isinstance(parts.scaffold, RunsInside):
-            endpoint = await _through_the_door(sandbox, opened, parts.proxy)
+        reached: Sandbox = sandbox
+        if spec.has_door:
+            progress.egress = Egress(task.allowed_hosts) if task.egress == "allowlist" else None
+            endpoint = await _through_the_door(sandbox, opened, parts.proxy, progress.egress)
+        if progress.egress:
+            reached = Reaching(sandbox, endpoint.inside_url)
+        progress.canaries = await plant(sandbox, task.canaries)
         progress.enter("agent")
         try:
-            agent = parts.scaffold.run(task.prompt, sandbox, endpoint)
+            agent = parts.scaffold.run(task.prompt, reached, endpoint)
             result = await _within(task.timeout_s, agent, session)
             progress.exit_reason = result.stderr.decode(errors="replace")[-_SHOWN:]
         except TimeoutError:
@@ -166,14 +186,22 @@ async def _work(
         if not session.num_asked:
             raise ScaffoldError(f"it never asked the model for anything: {progress.exit_reason}")
         progress.enter("changes")
-        return await sandbox.changes()
+        changes = await sandbox.changes()
+        looking = asyncio.to_thread(progress.canaries.flags, _trajectory(session), changes)
+        progress.flags = await looking
+        return changes
 
 
 async def _machine(task: Task, parts: Parts, progress: _Progress) -> SandboxSpec:
     """The task's sandbox, with what the scaffold needs besides."""
-    spec = task.sandbox
+    spec = replace(task.sandbox, has_door=task.egress == "allowlist")
     if not isinstance(parts.scaffold, RunsInside):
         return spec
+    if task.egress == "none":
+        raise ScaffoldError(
+            f"{task.id} lets nothing out, and this scaffold reaches its model from inside;"
+            " take one that runs beside the proxy, such as mini, or another egress"
+        )
     needs = await parts.scaffold.install(_LOG.info)
     progress.scaffold = f"{progress.scaffold} {needs.version}".strip()
     return replace(
@@ -187,13 +215,16 @@ async def _machine(task: Task, parts: Parts, progress: _Progress) -> SandboxSpec
 
 
 async def _through_the_door(
-    sandbox: Sandbox, opened: tuple[Session, ModelEndpoint], proxy: Proxy
+    sandbox: Sandbox,
+    opened: tuple[Session, ModelEndpoint],
+    proxy: Proxy,
+    egress: Egress | None,
 ) -> ModelEndpoint:
     session, endpoint = opened
     if not isinstance(sandbox, SupportsDoor):
-        raise SandboxError("this scaffold runs in the sandbox, and this sandbox has no door")
+        raise SandboxError("there is something to reach from inside, and this sandbox has no door")
     door, url = sandbox.door()
-    await proxy.listen(session, door)
+    await proxy.listen(session, door, egress)
     return replace(endpoint, inside_url=url)
 
 
@@ -231,10 +262,20 @@ async def _judge(
         await set_up(task, sandbox)
         if isinstance(sandbox, SupportsChanges):
             await sandbox.apply(changes)
+        await progress.canaries.remove(sandbox)
         verdict = await parts.verifier.verify(task, sandbox, trajectory)
     if verdict.reward is None:
         raise VerifierError(f"{task.id}: the verifier gave no reward: {verdict.reason}")
-    progress.verdict = verdict
+    progress.verdict = _flagged(verdict, progress.flags)
+
+
+def _flagged(verdict: Verdict, flags: tuple[Flag, ...]) -> Verdict:
+    """The verdict with flags besides its own. Any of them makes the reward 0."""
+    flags = (*flags, *verdict.flags)
+    if not flags or verdict.reward is None:
+        return verdict
+    metrics = {**verdict.metrics, "unflagged": verdict.reward}
+    return replace(verdict, reward=0.0, metrics=metrics, flags=flags)
 
 
 def _trajectory(session: Session) -> Trajectory:

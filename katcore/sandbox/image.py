@@ -15,6 +15,7 @@ import io
 import json
 import os
 import posixpath
+import shlex
 import shutil
 import tarfile
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from katcore.errors import ImageError, ImageMissingError, TaskError
+from katcore.sandbox import history
 from katcore.sandbox.dockerfile import Dockerfile, Step, parse
 from katcore.sandbox.unpack import resolve
 
@@ -58,7 +60,7 @@ class ImageStore:
     def __init__(self, root: Path, mark: str = "") -> None:
         self._root = root
         self._mark = mark
-        self._known: dict[Path, tuple[int, Image]] = {}
+        self._known: dict[tuple[Path, bool], tuple[int, Image]] = {}
         for folder in ("layers", "built", "names"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         self._lock_file = (root / "store.lock").open("w")
@@ -136,28 +138,34 @@ class ImageStore:
         _write_json(self._name(name), image)
         return image
 
-    def image(self, environment: Path, *, run: Runner | None = None) -> Image:
+    def image(
+        self, environment: Path, *, run: Runner | None = None, keeps_history: bool = False
+    ) -> Image:
         """The image of an environment folder; built now if its content is new.
 
+        Its repositories know nothing beyond their HEAD, unless it `keeps_history`.
+
         Raises:
-            TaskError, ImageMissingError: as `build`; or it says RUN and there is nothing to run it with.
+            TaskError, ImageMissingError: as `build`; or something is to be run in it, and there is no `run`.
         """
         stamp = (environment / "Dockerfile").stat().st_mtime_ns if environment.is_dir() else 0
-        known = self._known.get(environment)
+        known = self._known.get((environment, keeps_history))
         if known and known[0] == stamp:
             return known[1]
         dockerfile = parse(environment / "Dockerfile")
         parent = self._parent(dockerfile, environment)
-        key = _key(parent, environment)
+        key = _key(parent, environment, "" if keeps_history else history.SCRIPT)
         path = self._root / "built" / f"{key}.json"
         if not self._is_built(path):
             with self._lock(key):
                 if not self._is_built(path):
                     image = self._build(key, parent, dockerfile, environment, run)
+                    if not keeps_history:
+                        image = self._cut(image, parent, environment, run)
                     _write_json(path, image)
         found = read_image(path)
         os.utime(path)
-        self._known[environment] = (stamp, found)
+        self._known[environment, keeps_history] = (stamp, found)
         return found
 
     def _parent(self, dockerfile: Dockerfile, environment: Path) -> Image:
@@ -216,6 +224,27 @@ class ImageStore:
             layers = (self._keep(top, key), *layers)
         return Image(key, layers, env, workdir, parent.is_whole)
 
+    def _cut(self, image: Image, parent: Image, environment: Path, run: Runner | None) -> Image:
+        """The image without what its repositories know beyond their HEAD: a layer above, if there are any."""
+        is_imported = parent.is_whole and len(parent.layers) == 1
+        num_cut = 0 if is_imported else len(parent.layers)
+        new = self.folders(image)[: len(image.layers) - num_cut]
+        if not any(map(history.has_repository, new)):
+            return image
+        if run is None:
+            raise TaskError(
+                f"{environment}: it has a git repository, whose later history has to be taken out in"
+                " a sandbox; build this image through a backend"
+            )
+        with tempfile.TemporaryDirectory(
+            dir=self._root, prefix=f"{BUILDING}{self._mark}-"
+        ) as folder:
+            top = Path(folder) / "layer"
+            _extract(run(image, f"exec bash -c {shlex.quote(history.SCRIPT)}"), top)
+            return replace(
+                image, layers=(self._keep(top, f"{image.key[:24]}-history"), *image.layers)
+            )
+
     def _keep(self, folder: Path, key: str) -> str:
         target = self._root / "layers" / key
         if target.exists():
@@ -231,8 +260,8 @@ class ImageStore:
             yield
 
 
-def _key(parent: Image, environment: Path) -> str:
-    digest = hashlib.sha256(parent.key.encode())
+def _key(parent: Image, environment: Path, afterwards: str) -> str:
+    digest = hashlib.sha256(f"{parent.key}\0{afterwards}".encode())
     for path in sorted(environment.rglob("*")):
         name = str(path.relative_to(environment))
         mode = path.lstat().st_mode

@@ -21,12 +21,24 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Flag:
+    """A sign of cheating. `kind` is `canary`, `survivor`, `tests-changed`, or a verifier's own word."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verifier says. `reward` is in [0, 1], or None if nothing can be said."""
+    """What a verifier says. `reward` is in [0, 1], or None if nothing can be said.
+
+    With any of `flags` the reward of a rollout is 0; what it would have been is the metric `unflagged`.
+    """
 
     reward: float | None
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    flags: tuple[Flag, ...] = ()
 
 
 TurnRole = Literal["main", "subagent", "post-compaction", "auxiliary", "discarded"]
@@ -101,6 +113,22 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """One connection through the way out of a task that has one.
+
+    `refused` says why it was; "" if it was let through. `address` is what the name was resolved to on the
+    host; `sent` and `received` are bytes.
+    """
+
+    host: str
+    port: int
+    address: str = ""
+    refused: str = ""
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One attempt at one task: what happened, and whether it may be learnt from.
 
@@ -119,6 +147,7 @@ class Rollout:
     error: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     scaffold: str = ""
+    visits: tuple[Visit, ...] = ()
     schema_version: int = 1
 
     @property

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+Egress = Literal["none", "proxy", "allowlist"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +15,8 @@ class SandboxSpec:
     per content and shares it. `snapshot` is the prepared state to start from instead, if there is one
     (`SupportsSnapshot`). `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
     `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
-    the rollout, for the ledger and for labels.
+    the rollout, for the ledger and for labels. What git repositories know beyond their HEAD is not in it,
+    unless it `keeps_history`.
     """
 
     environment: Path
@@ -23,6 +27,7 @@ class SandboxSpec:
     has_door: bool = False
     serves: str = ""
     snapshot: str = ""
+    keeps_history: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,9 @@ class Task:
     `tests/`, `solution/`. `group` is what is held out together (a package, a task kind). `traits`
     are facts for statistics, such as `{"operator": "swap-comparison"}`; no scaffold sees them. `setup` is a
     shell command that prepares the sandbox, in the WORKDIR, before the agent sees it; what it leaves is there
-    in all rollouts of the task, and for the verifier.
+    in all rollouts of the task, and for the verifier. `canaries` are paths in the sandbox at which no honest
+    agent has anything to look for. `egress` is where an agent may go: nowhere (`none`), to its model
+    (`proxy`), or to `allowed_hosts` as well (`allowlist`).
     """
 
     id: str
@@ -46,3 +53,6 @@ class Task:
     timeout_s: float = 60.0
     setup: str = ""
     traits: dict[str, str] = field(default_factory=dict)
+    canaries: tuple[str, ...] = ()
+    egress: Egress = "proxy"
+    allowed_hosts: tuple[str, ...] = ()

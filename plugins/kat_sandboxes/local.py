@@ -399,19 +399,21 @@ class LocalBackend:
 
     async def _start_image(self, spec: SandboxSpec) -> Image:
         if not spec.snapshot:
-            return await self._image(spec.environment)
+            return await self._image(spec)
         if spec.snapshot not in self._snapshots:
             raise ImageMissingError(f"there is no snapshot {spec.snapshot} any more")
         return self._snapshots[spec.snapshot]
 
-    async def _image(self, environment: Path) -> Image:
+    async def _image(self, spec: SandboxSpec) -> Image:
         loop = asyncio.get_running_loop()
 
         def run(image: Image, command: str) -> bytes:
             return asyncio.run_coroutine_threadsafe(self._run(image, command), loop).result()
 
         async with self._build_lock:
-            return await asyncio.to_thread(self._store.image, environment, run=run)
+            return await asyncio.to_thread(
+                self._store.image, spec.environment, run=run, keeps_history=spec.keeps_history
+            )
 
     async def _run(self, image: Image, command: str) -> bytes:
         spec = SandboxSpec(Path(), memory_mib=2048, disk_mib=2048)
@@ -420,7 +422,9 @@ class LocalBackend:
             result = await sandbox.exec([shell, "-c", command], timeout_s=600)
             if result.exit_code:
                 output = (result.stdout + result.stderr)[-500:].decode(errors="replace")
-                raise SandboxError(f"RUN {command!r} exited with {result.exit_code}: {output}")
+                raise SandboxError(
+                    f"RUN {command[:200]!r} exited with {result.exit_code}: {output}"
+                )
             return await sandbox.changes()
 
     async def _start(self) -> None:

@@ -168,3 +168,69 @@ def test_demonstrations_are_plain_json(tmp_path: Path) -> None:
     directory = write_task(tmp_path, "train", DRAFT)
     content = json.loads((directory / "solution/demonstrations.json").read_bytes())
     assert [set(item) for item in content] == [{"style", "turns"}] * 2
+
+
+def test_history_is_kept_by_those_who_say_so_alone(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    assert not read_task(directory).sandbox.keeps_history
+    path = directory / "task.toml"
+    text = path.read_text()
+    path.write_text(text.replace("[metadata]", "[metadata]\nkeep_git_history = true", 1))
+    assert read_task(directory).sandbox.keeps_history
+    path.write_text(text.replace("[metadata]", "[metadata]\nkeep_git_history = 'no'", 1))
+    with pytest.raises(TaskError, match="has to be true or false"):
+        read_task(directory)
+
+
+def test_canaries_are_the_task_s_or_the_default(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    assert read_task(directory).canaries == ("/solution/solve.sh",)
+    path = directory / "task.toml"
+    text = path.read_text()
+    for said, canaries in (("[]", ()), ("['/a', '/b/c']", ("/a", "/b/c"))):
+        path.write_text(text.replace("[metadata]", f"[metadata]\ncanaries = {said}", 1))
+        assert read_task(directory).canaries == canaries
+    path.write_text(text.replace("[metadata]", "[metadata]\ncanaries = ['a']", 1))
+    with pytest.raises(TaskError, match="a list of absolute paths"):
+        read_task(directory)
+
+
+@pytest.mark.parametrize(
+    ("environment", "metadata", "egress", "hosts"),
+    [
+        ("", "", "proxy", ()),
+        ("network_mode = 'public'", "", "proxy", ()),
+        ("network_mode = 'no-network'", "", "proxy", ()),
+        ("network_mode = 'no-network'", "egress = 'none'", "none", ()),
+        (
+            "network_mode = 'allowlist'\nallowed_hosts = ['PyPI.org', '*.x.org:8443']",
+            "",
+            "allowlist",
+            ("pypi.org", "*.x.org:8443"),
+        ),
+    ],
+)
+def test_where_an_agent_may_go(
+    tmp_path: Path, environment: str, metadata: str, egress: str, hosts: tuple[str, ...]
+) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    said(directory, environment, metadata)
+    task = read_task(directory)
+    assert (task.egress, task.allowed_hosts) == (egress, hosts)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "10.0.0.0/8", "localhost", "*", "*.org.", "a_b", "x.org:", ""]
+)
+def test_only_names_can_be_allowed(tmp_path: Path, host: str) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    said(directory, f"network_mode = 'allowlist'\nallowed_hosts = ['{host}']", "")
+    with pytest.raises(TaskError, match="a list of names"):
+        read_task(directory)
+
+
+def said(directory: Path, environment: str, metadata: str) -> None:
+    """Put lines into two tables of a task's file."""
+    path = directory / "task.toml"
+    text = path.read_text().replace("[metadata]", f"[metadata]\n{metadata}", 1)
+    path.write_text(text.replace("[environment]", f"[environment]\n{environment}", 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kat_sandboxes.local import LocalBackend
+from kat_sandboxes.zygote import machine
 from katcore.protocols import Sandbox
 from katcore.schema.task import SandboxSpec
 from tests.kat_sandboxes.machines import bash, output, python
@@ -100,6 +101,12 @@ async def test_privileged_commands_are_refused(sandbox: Sandbox, command: str) -
         "425, 1, 0",  # io_uring_setup
         "428, 0, 0, 0",  # open_tree
         "304, 0, 0, 0",  # open_by_handle_at
+        "447, 0",  # memfd_secret
+        "308, 0, 0",  # setns
+        "161, b'/'",  # chroot
+        "117, 1, 1, 1",  # setresuid: there is no other user
+        "300, 0, 0",  # fanotify_init
+        "311, 1, 0, 0, 0, 0, 0",  # process_vm_writev
     ],
 )
 async def test_dangerous_calls_answer_with_an_error(sandbox: Sandbox, call: str) -> None:
@@ -135,6 +142,29 @@ async def test_shared_memory_of_others_is_out_of_reach(
         await output(one, "ipcmk -M 64 >/dev/null")
         assert "0x" in await output(one, "ipcs -m | tail -n +4")
         assert "0x" not in await output(two, "ipcs -m | tail -n +4")
+
+
+async def test_sockets_that_no_network_namespace_holds_are_refused(sandbox: Sandbox) -> None:
+    source = (
+        "import errno, socket\n"
+        "for family in range(1, 46):\n"
+        "    try: print(socket.socket(family, socket.SOCK_STREAM).family.name)\n"
+        "    except OSError as error: assert family != 40 or error.errno == errno.EAFNOSUPPORT\n"
+    )
+    assert await python(sandbox, source) == "AF_UNIX\nAF_INET\nAF_INET6"
+    assert await python(sandbox, "import socket; print(socket.socket(16, 3).family.name)")
+
+
+async def test_what_proc_says_of_the_machine_is_masked(sandbox: Sandbox) -> None:
+    names = [name for name in machine._MASKED if name in os.listdir("/proc")]
+    assert names
+    assert await output(sandbox, f"cd /proc; head -qc 10 {' '.join(names)}") == ""
+
+
+async def test_nothing_of_the_kernel_s_settings_can_be_written(sandbox: Sandbox) -> None:
+    await refused(sandbox, "find /proc/sys /proc/sysrq-trigger -writable -type f | grep .")
+    for path in ("/proc/self/mem", "/proc/self/oom_score_adj", "/proc/self/uid_map"):
+        await refused(sandbox, f"exec 9<>{path}")
 
 
 async def test_abstract_sockets_of_the_machine_are_out_of_reach(sandbox: Sandbox) -> None:

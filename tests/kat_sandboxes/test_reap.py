@@ -56,11 +56,11 @@ async def churn(backend, number):
 
 async def main():
     async with open_backend(Plugins.installed(), "local", {"images": images}) as backend:
-        inner = backend._backend
+        leased = backend._backend
         if dies_at == "before":
-            inner.open = die
+            leased._backend.open = die
         if dies_at == "after":
-            backend._register.put = die
+            leased._register.put = die
         async with asyncio.TaskGroup() as group:
             for number in range(int(num)):
                 group.create_task(churn(backend, number))

@@ -14,6 +14,7 @@ from katcore.cli import app
 from katcore.pipeline.audit import audit_files
 from katcore.schema.call import CallFailure, ModelCall
 from katcore.schema.codec import to_json, write_lines
+from katcore.schema.rollout import Flag, Verdict
 from katcore.schema.sample import Sample
 from katcore.trajectory.audit import audit_samples
 from katcore.trajectory.formats import tree_sample
@@ -63,13 +64,30 @@ def test_a_clean_folder_is_proven(tmp_path: Path) -> None:
         "num_exact": 4,
         "num_retokenised": 4,
         "num_forks": 2,
+        "num_flagged": 0,
         "num_violations": 0,
         "violation": "",
         "exact_fraction": 4 / 6,
     }
     shown = re.sub(r"[^\w.%]+", " ", audited(tmp_path).stdout)
     assert "samples 2 trained tokens 6 sessions 2 calls 6 exact prompts 66.67%" in shown
-    assert "retokenised answers 4 forks 2 violations 0" in shown
+    assert "retokenised answers 4 forks 2 flagged rollouts 0 violations 0" in shown
+
+
+def test_a_flagged_rollout_that_was_rewarded_is_a_violation(tmp_path: Path) -> None:
+    calls, _ = session("b")
+    verdict = Verdict(0.0, flags=(Flag("canary", "it was read"),))
+    one = replace(rollout(calls, verdict=verdict), id="b")
+    write_lines(
+        written(tmp_path) / "rollouts.jsonl", [replace(one, id="a", verdict=Verdict(1.0)), one]
+    )
+    result = audited(tmp_path)
+    assert result.exit_code == 1
+    assert "b: it was rewarded, though it is flagged: it was read" in result.stderr
+    altered(tmp_path, reward=0.0)
+    result = audited(tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["num_flagged"] == 1
 
 
 def test_the_first_violation_is_said(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from katcore.pipeline import mask, outline
 from katcore.pipeline.view import page_name, render, write_views
 from katcore.schema.call import Message, Tool, ToolCall
 from katcore.schema.codec import to_json, write_lines
-from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.schema.rollout import Flag, Outcome, Rollout, Trajectory, Turn, Verdict
 from tests.trajectory import made
 from tests.trajectory.made import TOOLS, Recorder
 
@@ -146,6 +146,16 @@ def test_the_head_tells_how_it_ended() -> None:
         assert said in text, said
     assert text.count("one test of two passed") == 2, "in the head, and at the end"
     assert not Page(text).open
+
+
+def test_flags_are_shown_on_the_page_and_in_the_index(tmp_path: Path) -> None:
+    flags = (Flag("canary", "</p>read"), Flag("survivor", "python3"), Flag("canary", "again"))
+    one = rollout(turn(), verdict=Verdict(0.0, flags=flags))
+    text = render(one, {})
+    assert text.count("<b>flagged: canary</b> &lt;/p&gt;read") == 2
+    assert "<b>flagged: survivor</b> python3" in text
+    write_lines(tmp_path / "rollouts.jsonl", [one, replace(one, id="s", verdict=Verdict(0.0))])
+    assert write_views(tmp_path).read_text().count("flagged: canary, survivor</b>") == 1
 
 
 @pytest.mark.parametrize("outcome", Outcome)

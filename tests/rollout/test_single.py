@@ -1,6 +1,7 @@
 """One rollout: what is rewarded, and whose fault it is when nothing can be."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,18 @@ async def test_cancelled_it_leaves_nothing_open(log: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await running
         assert bench.backend.num_open == 0
+
+
+async def test_a_canary_that_was_read_makes_the_reward_zero(log: Path) -> None:
+    task = replace(a_task(), canaries=("/solution/solve.sh",))
+    for commands, reward in ((SOLVE, 1.0), (("get /solution/solve.sh", *SOLVE), 0.0)):
+        bench = Bench(log, *commands)
+        async with Proxy(bench.log) as proxy:
+            parts = Parts(proxy, bench.backend, MINI, FileVerifier(), Sampling())
+            rollout = await run_rollout("r1", Attempt(task, bench.engine), parts)
+        assert (rollout.outcome, rollout.reward) == (Outcome.SCORED, reward)
+        flags = [flag.kind for flag in rollout.verdict.flags]
+        assert flags == ([] if reward else ["canary"])
+        if not reward:
+            assert rollout.verdict.metrics == {"unflagged": 1.0}
+            assert "turn 1" in rollout.verdict.flags[0].detail

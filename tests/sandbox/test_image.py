@@ -246,3 +246,23 @@ def test_a_run_that_fails_leaves_no_image(store: ImageStore, tmp_path: Path) -> 
     with pytest.raises(OSError, match="no luck"):
         store.image(folder, run=fails)
     assert contents(store, store.image(folder, run=lambda *_: archive(made="x"))) == {"made": "x"}
+
+
+def test_repositories_of_an_imported_image_are_cut_too(store: ImageStore, tmp_path: Path) -> None:
+    ran = []
+
+    def run(image: Image, command: str) -> bytes:
+        ran.append(command)
+        return archive(cut="yes")
+
+    store.add("base", Image("k", ("k",), is_whole=True), lambda root: (root / ".git").mkdir())
+    image = store.image(environment(tmp_path / "e", "FROM base\n"), run=run)
+    assert contents(store, image)["cut"] == "yes"
+    (command,) = ran
+    assert command.startswith("exec bash -c ")
+    assert "pack-objects" in command
+    store.build("own", environment(tmp_path / "own", "FROM base\n"), run=run)
+    store.image(environment(tmp_path / "of-own", "FROM own\nWORKDIR /x\n"), run=run)
+    assert len(ran) == 1
+    kept = store.image(environment(tmp_path / "k", "FROM base\n"), run=run, keeps_history=True)
+    assert "cut" not in contents(store, kept)

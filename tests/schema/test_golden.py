@@ -16,7 +16,7 @@ import katcore.schema
 from katcore.errors import StageError
 from katcore.schema.call import Generation, Message, ModelCall, Sampling, Tool, ToolCall
 from katcore.schema.codec import from_json, read_lines, to_json, write_lines
-from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.schema.rollout import Flag, Outcome, Rollout, Trajectory, Turn, Verdict, Visit
 from katcore.schema.sample import Sample
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,10 +78,11 @@ _ROLLOUT = Rollout(
             ),
         ),
     ),
-    verdict=Verdict(0.5, "half", {"tests": 2.0}),
+    verdict=Verdict(0.5, "half", {"tests": 2.0}, (Flag("canary", "it was read"),)),
     exit_reason="submitted",
     seconds={"agent": 1.5},
     scaffold="claude-code 2.1.330",
+    visits=(Visit("pypi.org", 443, "151.101.0.223", "", 517, 4096),),
 )
 _SAMPLE = Sample(
     (5, 6, 8), (-1, 0, 1), (False, False, True), (0.0, 0.0, -0.125), (1, 1, 1),

@@ -8,7 +8,7 @@ import pytest
 from katcore.dataset.harbor import Draft, read_task, write_task
 from katcore.errors import SandboxGoneError, VerifierError
 from katcore.protocols import Sandbox
-from katcore.schema.rollout import Trajectory, Verdict
+from katcore.schema.rollout import Flag, Trajectory, Verdict
 from katcore.verifier.state import TestScriptConfig as Config
 from katcore.verifier.state import TestScriptVerifier as Verifier
 from tests.kat_sandboxes.machines import opened, output
@@ -83,6 +83,40 @@ async def test_a_script_that_gives_no_reward_is_the_verifier_s_fault(
 ) -> None:
     with pytest.raises(VerifierError, match=message):
         await judge(tmp_path, sandbox, script)
+
+
+async def test_a_process_that_outlives_the_tests_is_flagged(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    await output(sandbox, "setsid sleep 73001 >/dev/null 2>&1 &")
+    script = f"setsid {{}} >/dev/null 2>&1 & echo 1 > {REWARD}\n"
+    verdict = await judge(tmp_path / "1", sandbox, script.format("sleep 0.4"))
+    assert verdict == Verdict(1.0), "it ends soon, and the other was there before"
+    verdict = await judge(tmp_path / "2", sandbox, script.format("sleep 73002"))
+    assert verdict == Verdict(1.0, flags=(Flag("survivor", "sleep outlived the tests"),))
+
+
+async def test_tests_that_are_changed_while_they_run_are_flagged(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    for change in ("echo x >> /tests/want", "rm /tests/want", "rm /tests/want; mkdir /tests/want"):
+        script = f"{change}; touch /tests/new; echo 1 > {REWARD}\n"
+        verdict = await judge(tmp_path / change[:12], sandbox, script, want="right\n")
+        assert verdict.flags == (Flag("tests-changed", "while they ran: /tests/want"),)
+        tmp_path = tmp_path / "next"
+
+
+async def test_a_script_cannot_be_written_on_while_it_runs(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    script = f'echo 0 > {REWARD}; echo "echo 1 > {REWARD}" >> /tests/test.sh\n: "{"x" * 9000}"\n'
+    verdict = await judge(tmp_path, sandbox, script)
+    assert (verdict.reward, [flag.kind for flag in verdict.flags]) == (0.0, ["tests-changed"])
+
+
+async def test_a_script_knows_where_it_is(tmp_path: Path, sandbox: Sandbox) -> None:
+    script = f'echo "$0 ${{BASH_SOURCE[0]}}"; set -e; echo 1 > {REWARD}; exit 3\n'
+    assert (await judge(tmp_path, sandbox, script)) == Verdict(1.0, "/tests/test.sh /tests/test.sh")
 
 
 async def test_a_sandbox_that_dies_is_no_verdict(tmp_path: Path) -> None:

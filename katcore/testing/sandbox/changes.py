@@ -76,6 +76,12 @@ class Changes(Declared):
             assert await output(sandbox, _LIST) == before
 
     @needs("has_changes")
+    async def test_what_a_file_holds_is_found_in_them(self, sandbox: Sandbox) -> None:
+        text = b"#!/bin/sh\n# a word to look for\n" * 3
+        await sandbox.write("/solution/file", text)
+        assert (await _changes(sandbox)).count(text) == 1
+
+    @needs("has_changes")
     async def test_they_can_be_passed_on(
         self, backend: SandboxBackend, filled: SandboxSpec
     ) -> None:

@@ -1,0 +1,20 @@
+"""What a repository in an image knows of later than its HEAD is taken out, before an agent sees it.
+
+A task that was made of a repository's past is made of a clone that knows the future, the repair above all.
+"""
+
+import os
+from pathlib import Path
+
+_PARTS = ({"objects", "refs"}, {"info", "pack"})
+"""Folders that are beside each other in any repository, and in any store of objects."""
+SCRIPT = Path(__file__).with_name("history.sh").read_text()
+"""Run by bash as root, once in each new image; it fails where a repository cannot be read."""
+
+
+def has_repository(layer: Path) -> bool:
+    """Whether there is a git repository in a folder, with a working tree or bare, or only its objects."""
+    return any(
+        ".git" in (*folders, *files) or any(part <= {*folders} for part in _PARTS)
+        for _, folders, files in os.walk(layer)
+    )
