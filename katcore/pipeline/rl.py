@@ -1,18 +1,17 @@
 """Stage `rl`: group-relative policy optimisation of an expert on fresh rollouts of its own tasks.
 
 A step's rollouts are made with the weights that the step then changes, in `epochs` passes of `minibatches`
-updates each; log-probabilities of the behaviour policy are the sampler's.
+updates each (`learner`).
 """
 
 import asyncio
-import copy
 import statistics
 from collections.abc import Sequence
 
-from katcore.config import RlSettings
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
+from katcore.pipeline.learner import Learner
 from katcore.pipeline.rollouts import (
     RolloutFile,
     Rollouts,
@@ -27,9 +26,7 @@ from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.policy import limit_threads, load_policy, save_policy
-from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
 from katcore.train.trainer import Schedule, Trainer
 
 
@@ -63,21 +60,9 @@ class _Loop:
         self._settings = job.preset.rl
         self._expert: Expert = job.plugins.experts()[job.spec.expert]
         self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
-        settings = self._settings
-        self._shape = Clipped(
-            settings.level,
-            settings.mean,
-            settings.clip_low,
-            settings.clip_high,
-            settings.temperature,
-            kl=settings.kl,
-            entropy=settings.entropy,
-            imitation=settings.imitation,
-            correction=_correction(settings),
+        self._learner = Learner(
+            trainer, self._settings, self._engine, seed=job.seed, at_once=job.preset.concurrency
         )
-        self._reference = None
-        if settings.kl:
-            self._reference = Reference(copy.deepcopy(trainer.model), settings.temperature)
 
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
@@ -97,7 +82,7 @@ class _Loop:
                 for rollout in made:
                     file.append(rollout)
                 frontier.learn(made)
-                metrics = self._learn(made) | {"pass_rate": frontier.pass_rate}
+                metrics = await self._learn(made) | {"pass_rate": frontier.pass_rate}
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
@@ -115,40 +100,13 @@ class _Loop:
         )
         return [rollout async for rollout in rollouts.run(attempts, parts)]
 
-    def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
-        settings = self._settings
+    async def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
         samples = samples_of(self._job, self._expert, rollouts)
-        advantages = group_advantages(samples, discount=settings.discount)
-        advantages = penalised(advantages, samples, settings.failed_penalty)
-        if settings.imitation:
-            for sample in samples:
-                if sample.reward == 1.0:
-                    advantages.setdefault(sample.rollout_id, no_advantage(sample))
-        useful = [sample for sample in samples if sample.rollout_id in advantages]
-        old = None
-        if settings.old == "trainer":
-            old = self._trainer.logprobs(useful, settings.temperature)
-        objective = PolicyGradient(advantages, self._shape, old=old, reference=self._reference)
-        metrics: dict[str, float] = {}
-        for number in range(settings.epochs * settings.minibatches):
-            part = useful[number % settings.minibatches :: settings.minibatches]
-            if part:
-                metrics = self._trainer.update(part, objective)
+        metrics = await self._learner.learn(samples)
         scored = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         turns = [len(rollout.trajectory.turns) for rollout in rollouts]
-        return (
-            metrics
-            | objective.rates()
-            | {
-                "reward": statistics.fmean(scored) if scored else 0.0,
-                "num_useful": float(len(useful)),
-                "turns": statistics.fmean(turns),
-                "failed": statistics.fmean(len(sample.failed) for sample in samples),
-            }
-        )
-
-
-def _correction(settings: RlSettings) -> Correction | None:
-    if settings.correction == "none":
-        return None
-    return Correction(settings.correction, *settings.correction_range)
+        return metrics | {
+            "reward": statistics.fmean(scored) if scored else 0.0,
+            "turns": statistics.fmean(turns),
+            "failed": statistics.fmean(len(sample.failed) for sample in samples),
+        }
