@@ -3,7 +3,6 @@
 import copy
 import random
 from collections.abc import Sequence
-from statistics import fmean
 
 from katcore.config import RlSettings
 from katcore.pipeline.prefill import engine_passes, trainer_passes
@@ -118,8 +117,7 @@ class Learner:
             found["mcla_common"] = common_share(passes, _sampled(samples))
         num = len(next(iter(passes.values())))
         for name, left_in in (("noise_clip_rate", num), ("noise_clip_rate_of_one", 1)):
-            rates = [objective.outside(noise, samples) for noise in noises(passes, left_in)]
-            found[name] = fmean(rates)
+            found[name] = objective.outside(noises(passes, left_in), samples)
         return found
 
 

@@ -61,9 +61,10 @@ async def engine_passes(
         )
     asked = [(one, *pair) for one in samples for pair in requests_of(one, sampling)]
     passes = {one.rollout_id: [[0.0] * sum(one.trained) for _ in range(num)] for one in samples}
+    most = max(1, min(at_once, len(asked)))
     for number in range(num):
         order.shuffle(asked)
-        size = order.randint((at_once + 1) // 2, at_once)
+        size = order.randint((most + 1) // 2, most)
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
             found = await asyncio.gather(*(engine.score(request) for _, request, _ in part))

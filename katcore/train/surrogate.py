@@ -13,6 +13,7 @@ sum of its branches, written-out loops, TRL's own GRPO and GSPO losses, finite d
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -121,14 +122,17 @@ class PolicyGradient:
         self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0
         return found
 
-    def outside(self, apart: PerToken, samples: Sequence[Sample]) -> float:
-        """The share of units that log-ratios `apart` put outside of the clip range."""
+    def outside(self, draws: Sequence[PerToken], samples: Sequence[Sample]) -> float:
+        """The share of units that log-ratios put outside of the clip range, the mean over several draws."""
         trees = [self._units(sample, "path") for sample in samples]
         joined = _Joined(trees, is_mean=self._shape.level != "turn")
-        apart_N = _in_order(apart, samples)
-        ratio_U = joined.ratios(apart_N, torch.ones_like(apart_N, dtype=torch.bool))
-        above_U = ratio_U > 1 + self._shape.clip_high
-        return float((above_U | (ratio_U < 1 - self._shape.clip_low)).double().mean())
+        low, high = 1 - self._shape.clip_low, 1 + self._shape.clip_high
+        shares = []
+        for draw in draws:
+            apart_N = _in_order(draw, samples)
+            ratio_U = joined.ratios(apart_N, torch.ones_like(apart_N, dtype=torch.bool))
+            shares.append(float(((ratio_U < low) | (ratio_U > high)).double().mean()))
+        return fmean(shares)
 
     def _units(self, sample: Sample, weighting: Weighting) -> Units:
         """Those of a rollout, made once: a step goes over its rollouts several times."""
