@@ -21,7 +21,7 @@ from katcore.errors import ConfigError
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.prefill import engine_passes
 from katcore.schema.call import Sampling
-from katcore.study.noise import COUNTS, Noise, injected, measured
+from katcore.study.noise import COUNTS, Noise, drawn_with, injected, measured
 from katcore.study.race import SOURCES, WAYS, Entry, Run, Shape, race, rl_settings
 from katcore.study.sorting import Sorting, sorting
 from katcore.train.moe import engine_copy, new_moe
@@ -165,10 +165,9 @@ async def _noises(
     for sigma, rho in INJECTED:
         name = f"injected, sd {sigma}, rho {rho}"
         step(f"noise {name}")
-        passes = injected(truth, sigma, rho, seed=2)
-        found.append(
-            measured(name, samples, passes, truth, _turns([one.rollout_id for one in samples]))
-        )
+        passes, noisy = injected(truth, sigma, rho, seed=2), drawn_with(samples, sigma, seed=3)
+        objective = _turns([one.rollout_id for one in samples])
+        found.append(measured(name, noisy, passes, truth, objective))
     return found
 
 

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -104,6 +104,21 @@ def injected(truth: PerToken, sigma: float, rho: float, seed: int) -> Passes:
             for _ in range(COUNTS[-1])
         ]
     return passes
+
+
+def drawn_with(samples: Sequence[Sample], sigma: float, seed: int) -> list[Sample]:
+    """As if the sampler's own log-probabilities had normal noise of deviation `sigma`, too."""
+    draw = random.Random(seed).gauss
+    return [
+        replace(
+            one,
+            logprobs=tuple(
+                value + sigma * draw(0, 1) if yes else value
+                for value, yes in zip(one.logprobs, one.trained, strict=True)
+            ),
+        )
+        for one in samples
+    ]
 
 
 def _groups(passes: Passes, num: int) -> list[PerToken]:

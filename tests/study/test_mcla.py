@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from katcore.cli import app
 from katcore.errors import ConfigError
 from katcore.study.mcla import Report, Settings, run
-from katcore.study.noise import injected, measured
+from katcore.study.noise import drawn_with, injected, measured
 from katcore.study.plot import lines
 from katcore.study.race import Entry, Run, Shape
 from katcore.study.show import pictures
@@ -50,10 +50,13 @@ def test_injected_noise_is_found_again(sigma: float, rho: float) -> None:
     ]
     truth = {one.rollout_id: [-1.0] * 20 for one in samples}
     objective = PolicyGradient({one.rollout_id: ((1.0,),) for one in samples}, Clipped("turn"))
-    found = measured("n", samples, injected(truth, sigma, rho, 3), truth, objective)
+    noisy = drawn_with(samples, sigma, 4)
+    found = measured("n", noisy, injected(truth, sigma, rho, 3), truth, objective)
     # Of 6000 tokens and 16 passes; a common part has 6000 draws alone.
     assert found.variance == pytest.approx((1 - rho) * sigma**2, rel=0.02)
     assert found.common == pytest.approx(rho, abs=0.03)
+    assert found.common_estimated == pytest.approx(rho, abs=0.1)
+    assert found.sampled_bias == pytest.approx(0.0, abs=4 * sigma / 6000**0.5)
     for row in found.rows:
         wanted = sigma**2 * (rho + (1 - rho) / row.passes)
         assert row.mean_square == pytest.approx(wanted, rel=0.08)
