@@ -91,7 +91,10 @@ class RlSettings(Settings):
     """Group-relative policy optimisation on verifier rewards.
 
     `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
+    `tasks`: all, or those without a demonstration (`unseen`), whose answers SFT has not learnt by heart.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
+    `baseline` is what a turn is compared with: all turns of its group, scaled (`group`, as GRPO), or the same
+    turn in the group's other rollouts (`turn`), which also tells quick successes from slow ones.
     `failed_penalty` is taken off the advantage of an answer whose tool call failed.
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
@@ -103,12 +106,14 @@ class RlSettings(Settings):
     """
 
     steps: int = 24
+    tasks: Literal["all", "unseen"] = "all"
     prompts: int = 32
     group: int = 4
     lr: float = 1.5e-4
     warmup: int = 4
     final_lr: float = 0.3
     discount: float = 0.8
+    baseline: Literal["group", "turn"] = "group"
     failed_penalty: float = Field(default=0.0, ge=0)
     epochs: int = 3
     minibatches: int = 2
@@ -143,23 +148,57 @@ class RlSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """On-policy distillation: reverse KL to the domain's teacher on the student's own tokens.
+    """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 
     Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain,
-    which cost no sandbox. Each of the `steps` has `prompts` rollouts of each domain and `epochs` updates on
-    them. `cold_batch` and `prompts` may differ between experts: they are the shares of the mixture.
+    which cost no sandbox. Each of the `steps` has `prompts` tasks of each domain, `group` rollouts of each,
+    and `epochs` updates on them. `cold_batch` and `prompts` may differ between experts: they are the shares
+    of the mixture. With `mean: domain` each domain weighs the same, however many tokens it has.
+    `objective`: the KL from student to teacher over the whole vocabulary (`reverse-kl`), over the `top_k`
+    tokens of one of them (`support`) and a bucket for all others, or of the sampled token alone
+    (`policy-gradient`): its advantage is `strength` times log teacher - log student, cut at
+    `difference_clip`, plus, with `rewards`, that of reinforcement; its ratio is clipped as there.
+    `teacher`: the domain's own expert, or of all the one that did best on like tasks when evaluated.
+    With `overlap_k`, a token counts (share of the k likeliest tokens that both have)^`overlap_power`; what
+    follows `truncate_after` tokens in a row with less than `truncate_below` in common counts nothing.
     """
 
     cold_steps: int = 0
     cold_batch: int = 32
     steps: int = 30
     prompts: int = 16
+    group: int = Field(default=1, ge=1)
     epochs: int = 1
     lr: float = 1e-3
     warmup: int = 5
     final_lr: float = 0.2
     temperature: float = 1.0
+    teacher: Literal["domain", "best"] = "domain"
+    mean: Literal["token", "domain"] = "token"
+    objective: Literal["reverse-kl", "top-k", "policy-gradient"] = "reverse-kl"
+    top_k: int = Field(default=32, ge=1)
+    support: Literal["teacher", "student"] = "teacher"
+    strength: float = Field(default=1.0, gt=0)
+    difference_clip: float = Field(default=5.0, gt=0)
+    rewards: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    overlap_k: int = Field(default=0, ge=0)
+    overlap_power: float = Field(default=1.0, ge=0)
+    truncate_after: int = Field(default=0, ge=0)
+    truncate_below: float = Field(default=0.5, ge=0, le=1)
     checkpoint_every: int = 10
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "DistillSettings":
+        if self.rewards and (self.objective != "policy-gradient" or self.group < 2):
+            raise ValueError(
+                "rewards are compared in the group of a task, and added to an advantage: set"
+                " objective: policy-gradient, and group: 2 or more"
+            )
+        if self.truncate_after and not self.overlap_k:
+            raise ValueError("truncate_after counts tokens of little overlap: set overlap_k, too")
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -1,4 +1,4 @@
-"""Writes docs/reference/{hooks,cli,config,collection,offers}.md from the live objects; `--check` compares."""
+"""Writes the pages of docs/reference/ that `PAGES` names from the live objects; `--check` compares."""
 
 import argparse
 import ast
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from katcore import config, protocols
 from katcore.cli import app
 from katcore.pipeline.collection import Choice, CollectionConfig
+from katcore.pipeline.training import CONFIGS, DomainConfig
 from katcore.plugin import Offer, Plugins, hookspecs
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
@@ -91,6 +92,28 @@ def collections() -> str:
     return "".join([head, said, *_sections(CollectionConfig)]).rstrip() + "\n"
 
 
+def trainings() -> str:
+    """Every key of the files of `kat sft`, `kat rl` and `kat distill`."""
+    parts = [
+        "# Training from a file\n\n",
+        _NOTE,
+        "What the file of `kat sft|rl|distill FILE` may say; [how to](../how-to/train.md). The keys of the"
+        " sections `sft`, `rl` and `distill` are those of a [preset](config.md).\n\n",
+    ]
+    for verb, kind in CONFIGS.items():
+        parts.append(f"## `kat {verb}`\n\n{_said(kind)}\n\n{_keys(kind)}\n")
+    parts.append(
+        f"## `domains` of `kat distill`\n\n{_said(DomainConfig)}\n\n{_keys(DomainConfig)}\n"
+    )
+    return "".join(parts).rstrip() + "\n"
+
+
+def _said(kind: type[BaseModel]) -> str:
+    """What a config and those that it extends say."""
+    own = (item for item in kind.__mro__ if item.__module__ == kind.__module__)
+    return "\n\n".join(inspect.cleandoc(item.__doc__ or "") for item in own)
+
+
 def offers() -> str:
     """The options of every offer that ships."""
     parts = ["# Offers\n\n", _NOTE, "What ships with katcore, and the options of each.\n\n"]
@@ -113,6 +136,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli,
     "config.md": settings,
     "collection.md": collections,
+    "training.md": trainings,
     "offers.md": offers,
 }
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from katcore.cli import capture, sandbox
+from katcore.cli import capture, sandbox, training
 from katcore.cli.bench import bench
 from katcore.cli.common import err, errors_said, out, say
 from katcore.cli.study import study
@@ -73,8 +73,35 @@ _STAGES = {
     "gate": "Judge the whole run.",
     "register": "Make a version in the model registry.",
 }
+
+
+def _training_command(stage: str, summary: str) -> Callable[..., None]:
+    def command(
+        config: Annotated[
+            Path | None, typer.Argument(help="A training's YAML; without it, the stage.")
+        ] = None,
+        preset: PresetName = "nano",
+        expert: Expert = "",
+        experts: Experts = "",
+        seed: Seed = 0,
+    ) -> None:
+        if config is None:
+            _stage_command(stage, summary)(preset, expert, experts, seed)
+        else:
+            training.train(stage, config)
+
+    command.__doc__ = summary
+    return command
+
+
 for _name, _summary in _STAGES.items():
-    if _name != "collect":
+    if _name in training.EXAMPLES:
+        _help = f"{_summary} With a file: the same, on models, rollouts and tasks of yours."
+        _file = "\n\n".join(("A file:", *training.EXAMPLES[_name]))
+        app.command(_name, help=_help, epilog=_file, rich_help_panel="Stages")(
+            _training_command(_name, _summary)
+        )
+    elif _name != "collect":
         app.command(_name, help=_summary, rich_help_panel="Stages")(_stage_command(_name, _summary))
 
 

@@ -1,6 +1,7 @@
 """Messages to token ids and back, by the tokenizer's own chat template and response template."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,33 @@ class ChatTokenizer:
             return self.decode(ids), "", ()
         return content.rstrip() if calls else content, reasoning.strip(), calls
 
+    def differences(self, other: "ChatTokenizer") -> list[str]:
+        """In what another tokenizer differs, so that a model of one cannot score the ids of the other."""
+        found = []
+        if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
+            found.append("vocabulary")
+        elif _pieces(self._tokenizer) != _pieces(other._tokenizer):
+            found.append("how text is split")
+        if self._tokenizer.chat_template != other._tokenizer.chat_template:
+            found.append("chat template")
+        if self.end_ids != other.end_ids:
+            found.append("end-of-turn tokens")
+        return found
+
+    def in_calls(self, ids: Sequence[int]) -> list[bool]:
+        """Which ids of an answer are inside its tool calls: those after its text, the end of turn apart."""
+        text, reasoning, calls = self.read(ids) if self._response else ("", "", ())
+        if not calls:
+            return [False] * len(ids)
+
+        def is_said(num: int) -> bool:
+            whole = self._tokenizer.decode(list(ids[:num]), skip_special_tokens=False)
+            at = whole.find(reasoning)
+            return at >= 0 and text in whole[at + len(reasoning) :]
+
+        begin = bisect_left(range(len(ids)), True, key=is_said)
+        return [at >= begin and number not in self.end_ids for at, number in enumerate(ids)]
+
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """See `SupportsTokens.token_texts`."""
         return {
@@ -196,6 +224,13 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _pieces(tokenizer: Any) -> dict[str, Any]:
+    """All that a fast tokenizer does to text but for padding and truncation; nothing, of others."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    whole: dict[str, Any] = json.loads(fast.to_str()) if fast else {}
+    return {name: part for name, part in whole.items() if name not in {"padding", "truncation"}}
 
 
 def _end_ids(model: Path, tokenizer: Any) -> set[int]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from katcore.config import environment, load_preset
-from katcore.errors import StageBusyError, StageError
+from katcore.errors import ConfigError, StageBusyError, StageError
 from katcore.pipeline.local import log_path, stage_command
 from katcore.pipeline.parent import die_with_parent
 from katcore.pipeline.plan import Plan, build_plan
@@ -31,8 +31,18 @@ _log = logging.getLogger(__name__)
 
 
 def chosen_plan(preset: str, experts: Iterable[str], seed: int) -> Plan:
-    """The plan for what a form or a request chose."""
-    return build_plan(load_preset(preset), Plugins.installed(), experts=experts, seed=seed)
+    """The plan for what a form or a request chose.
+
+    Raises:
+        ConfigError: its stages depend on each other otherwise than those of the DAG.
+    """
+    settings = load_preset(preset)
+    if settings.distill.teacher == "best":
+        raise ConfigError(
+            f"preset {preset}: with distill.teacher: best the distillation waits for the experts'"
+            " evaluations, which the DAG does not; run it by `kat pipeline`, or choose teacher: domain"
+        )
+    return build_plan(settings, Plugins.installed(), experts=experts, seed=seed)
 
 
 def run_child(plan: Plan, stage_id: str, preset: str, run_id: str) -> str:

@@ -6,7 +6,8 @@
     <home>/collections/<name>/tokens.json      the text of every id, where the engine can tell
     <home>/collections/<name>/<formatter>.jsonl
 
-The same command goes on where it was stopped: what was scored is not done again.
+The same command goes on where it was stopped: what was scored is not done again. With `artifacts` it
+does so on another machine, too.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from katcore.config import Settings, home, load_yaml
 from katcore.errors import ConfigError
+from katcore.pipeline.archive import Archive
 from katcore.pipeline.recorded import write_rows
 from katcore.pipeline.rollouts import RolloutFile
 from katcore.plugin import Plugins
@@ -77,7 +79,8 @@ class CollectionConfig(Settings):
     """A collection.
 
     `tasks` is a folder of task directories in Harbor's format. With `is_training` off, the agent chooses how
-    answers are drawn. `traces` is how many rollouts MLflow gets as traces; 0 leaves MLflow out.
+    answers are drawn. `traces` is how many rollouts MLflow gets as traces; 0 leaves MLflow out. `artifacts`
+    is a root, such as `s3://bucket/katcore`, under which each rollout is kept with its calls as it ends.
     """
 
     tasks: Path
@@ -94,6 +97,7 @@ class CollectionConfig(Settings):
     budget: BudgetSettings = BudgetSettings()
     is_training: bool = True
     traces: int = Field(default=100, ge=0)
+    artifacts: str = ""
 
 
 @dataclass(slots=True)
@@ -168,6 +172,7 @@ async def run(
     scaffold = plugins.make("scaffold", config.scaffold.name, config.scaffold.options)
     if isinstance(scaffold, RunsInside):
         await scaffold.install(report)
+    archive = await _restored(folder, config.artifacts, report)
     file = RolloutFile(folder / "rollouts.jsonl")
     tally = Tally(len(tasks) * config.attempts)
     done = _scored(file, tally)
@@ -198,6 +203,7 @@ async def run(
             )
             async for rollout in collect(attempts, parts, Limits(config.concurrency)):
                 file.append(rollout)
+                await asyncio.to_thread(archive.keep, rollout)
                 tally.add(rollout)
                 plugins.notify("katcore_rollout_finished", RolloutFinished(rollout))
                 yield tally
@@ -208,10 +214,18 @@ async def run(
         if config.traces:
             report("writing to MLflow")
             await asyncio.to_thread(_log, folder, config, tally)
+        archive.check()
     finally:
         file.close()
         if isinstance(engine, SupportsClose):
             await engine.close()
+
+
+async def _restored(folder: Path, root: str, report: Callable[[str], None]) -> Archive:
+    archive = Archive(folder, root)
+    if num := await asyncio.to_thread(archive.restore):
+        report(f"{num} rollouts were in {root} already")
+    return archive
 
 
 def rollouts_of(folder: Path) -> Iterator[Rollout]:

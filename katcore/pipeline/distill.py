@@ -1,27 +1,33 @@
 """Stage `distill`: fuse the experts into the student, on the student's own rollouts.
 
-Each task's teacher is the expert of its domain; what the student says is scored by the whole vocabulary of
-the teacher's distribution (reverse KL). It may begin off policy, on the teachers' own last rollouts: with the
-whole vocabulary in the loss they need no other objective. Rewards are recorded but not trained on, so only
-the agent's part of a rollout is needed for the loss, and the verdict for the curve.
+Each task's teacher is the expert of its domain, or the one that did best on like tasks; what the student
+says is scored by the teacher's distribution (`katcore.train.distill`). It may begin off policy, on the
+teachers' own last rollouts: with the whole vocabulary in the loss they need no other objective. Rewards are
+recorded; they are trained on only where the settings say so.
 """
 
 import asyncio
-import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from katcore.config import DistillSettings
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import (
-    RolloutFile,
     Rollouts,
+    StepRollouts,
     engine_settings,
+    facts_of,
     open_rollouts,
     samples_of,
     tasks_of,
 )
+from katcore.pipeline.route import best_teachers
 from katcore.pipeline.stage import Job
 from katcore.rollout.single import Attempt, Parts
 from katcore.schema.call import Sampling
@@ -30,40 +36,114 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.sample import Sample
 from katcore.schema.task import Task
-from katcore.train.distill import Teachers
-from katcore.train.objective import ReverseKl
+from katcore.train.advantage import Advantages, group_advantages
+from katcore.train.batch import turns
+from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.sft import draw
 from katcore.train.trainer import Schedule, Trainer
 
 
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One part of the mixture: its tasks and its expert's model.
+
+    `settings` has its share. `late` are rollouts of the model, to begin with; `measured` are files of those
+    that it was evaluated by.
+    """
+
+    expert: Expert
+    tasks: Sequence[Task]
+    model: Path
+    settings: DistillSettings
+    late: Path | None = None
+    measured: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The expert's."""
+        return self.expert.name
+
+
 def run(job: Job) -> dict[str, float]:
     """Write `model/`, `rollouts.jsonl` and `calls.jsonl`."""
     limit_threads(job.preset.shared_threads)
+    names = [name.removesuffix(".rl") for name in job.inputs if name.endswith(".rl")]
+    return train(job, job.input("unified.sft") / "model", [_domain(job, name) for name in names])
+
+
+def _domain(job: Job, name: str) -> Domain:
+    expert = job.plugins.experts()[name]
+    measured: tuple[Path, ...] = ()
+    if f"{name}.evaluate" in job.inputs:
+        measured = tuple(sorted(job.input(f"{name}.evaluate").glob("rl.*.jsonl")))
+    return Domain(
+        expert,
+        tasks_of(job, expert, "train"),
+        job.input(f"{name}.rl") / "model",
+        job.preset.for_expert(name).distill,
+        job.input(f"{name}.rl") / "rollouts.jsonl",
+        measured,
+    )
+
+
+def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
+    """Train the model of a folder on `domains`; see `run`."""
     settings = job.preset.distill
-    start = job.input("unified.sft") / "model"
+    chat = ChatTokenizer(start)
+    for domain in domains:
+        check_teacher(job, start, chat, domain)
     model = load_policy(start)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
     trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
-    loop = _Loop(job, trainer, ChatTokenizer(start))
+    loop = _Loop(job, trainer, chat, domains)
     history = loop.load()
     loop.learn_from_teachers()
     asyncio.run(loop.run(history))
     save_policy(model, job.out / "model", tokenizer=start)
-    return {"kl_first": history[0], "kl_last": history[-1]}
+    return {"kl_first": history[0], "kl_last": history[-1]} if history else {}
+
+
+def check_teacher(job: Job, start: Path, chat: ChatTokenizer, domain: Domain) -> None:
+    """Warn of a teacher of foreign origin: it is far away, and entropy may collapse (arXiv 2606.30406).
+
+    Raises:
+        StageError: it cannot score the student's ids.
+    """
+    found = chat.differences(ChatTokenizer(domain.model))
+    if found:
+        raise StageError(
+            f"{domain.name}: the teacher {domain.model} differs from the student {start} in its"
+            f" {', '.join(found)}; a teacher scores the student's very ids, so both need one tokenizer and"
+            " one chat template"
+        )
+    if not ancestors(start) & ancestors(domain.model):
+        job.progress.warn(
+            f"{domain.name}: the teacher {domain.model} and the student {start} are not known to come from"
+            " one model; watch kl and entropy, or begin both with the same fine-tuned model"
+        )
 
 
 class _Loop:
-    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer) -> None:
+    def __init__(
+        self, job: Job, trainer: Trainer, chat: ChatTokenizer, domains: Sequence[Domain]
+    ) -> None:
         self._job = job
         self._trainer = trainer
+        self._chat = chat
+        self._domains = domains
         self._settings = job.preset.distill
-        experts = job.plugins.experts()
-        names = [name.removesuffix(".rl") for name in job.inputs if name.endswith(".rl")]
-        self._experts: list[Expert] = [experts[name] for name in names]
-        teachers = {name: load_policy(job.input(f"{name}.rl") / "model") for name in names}
-        self._objective = ReverseKl(Teachers(teachers))
+        self._shape = _shape(self._settings)
+        chosen: Mapping[tuple[str, str], str] = {}
+        if self._settings.teacher == "best":
+            chosen = best_teachers(
+                {domain.name: domain.tasks for domain in domains},
+                {domain.name: _measured(domain) for domain in domains},
+            )
+        self._teachers = Teachers(
+            {domain.name: _teacher(domain, trainer.model) for domain in domains}, chosen
+        )
         self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
 
     def load(self) -> list[float]:
@@ -71,18 +151,19 @@ class _Loop:
         return list(self._trainer.load(self._job.checkpoint).get("history", []))
 
     def learn_from_teachers(self) -> None:
-        """The off-policy beginning: the same loss, on states that the teachers came to."""
+        """The off-policy beginning: a KL on states that the teachers came to."""
         settings, job = self._settings, self._job
         if self._trainer.step_number >= settings.cold_steps:
             return
-        pools = [_late_samples(job, expert) for expert in self._experts]
+        pools = [_late_samples(job, domain) for domain in self._domains]
+        shape = self._shape if self._shape.kind != "policy-gradient" else Divergence()
         while (step := self._trainer.step_number) < settings.cold_steps:
             rows = [
                 pool[at]
-                for expert, pool in zip(self._experts, pools, strict=True)
-                for at in draw(len(pool), self._share(expert).cold_batch, job.seed + 31, step)
+                for domain, pool in zip(self._domains, pools, strict=True)
+                for at in draw(len(pool), domain.settings.cold_batch, job.seed + 31, step)
             ]
-            metrics = self._update(rows)
+            metrics = self._update(rows, self._objective(rows, shape))
             job.progress.step(step, settings.cold_steps + settings.steps, metrics)
             if (step + 1) % settings.checkpoint_every == 0:
                 self._trainer.save(job.checkpoint, history=[])
@@ -90,64 +171,136 @@ class _Loop:
     async def run(self, history: list[float]) -> None:
         """The steps on policy; `history` grows by the mean KL of each."""
         settings, job = self._settings, self._job
-        tasks = {expert.name: tasks_of(job, expert, "train") for expert in self._experts}
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
-        file = RolloutFile(job.out / "rollouts.jsonl")
+        made = StepRollouts(job.out / "rollouts.jsonl", "distill", len(history))
         async with open_rollouts(job) as rollouts:
-            parts = {expert.name: rollouts.parts(expert, sampling) for expert in self._experts}
+            parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
             for step in range(len(history), settings.steps):
+                started_s = time.perf_counter()
                 self._engine.weights_changed(str(step))
-                made: dict[str, list[Rollout]] = {}
-                for expert in self._experts:
-                    own, num = tasks[expert.name], self._share(expert).prompts
-                    chosen = [own[at] for at in draw(len(own), num, job.seed + 29, step)]
-                    made[expert.name] = await self._make(rollouts, parts[expert.name], chosen, step)
-                    for rollout in made[expert.name]:
-                        file.append(rollout)
-                metrics = self._learn(made)
+                for domain, own in zip(self._domains, parts, strict=True):
+                    await self._make(rollouts, own, made, domain, step)
+                metrics = facts_of(made.of(step), time.perf_counter() - started_s)
+                metrics |= self._learn(made.of(step))
                 history.append(metrics["kl"])
                 done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
                 job.progress.step(done, total, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
                     self._trainer.save(job.checkpoint, history=history)
-        file.close()
-
-    def _share(self, expert: Expert) -> DistillSettings:
-        return self._job.preset.for_expert(expert.name).distill
+        made.close()
 
     async def _make(
-        self, rollouts: Rollouts, parts: Parts, tasks: Sequence[Task], step: int
-    ) -> list[Rollout]:
-        attempts = (Attempt(task, self._engine, 0, f"distill-{step}") for task in tasks)
-        return [rollout async for rollout in rollouts.run(attempts, parts)]
+        self, rollouts: Rollouts, parts: Parts, made: StepRollouts, domain: Domain, step: int
+    ) -> None:
+        num, seed = domain.settings.prompts, self._job.seed + 29
+        chosen = [domain.tasks[at] for at in draw(len(domain.tasks), num, seed, step)]
+        attempts = (
+            Attempt(task, self._engine, number, made.label(step))
+            for task in chosen
+            for number in range(self._settings.group)
+        )
+        await made.make(rollouts, attempts, parts, step)
 
-    def _learn(self, made: dict[str, list[Rollout]]) -> dict[str, float]:
+    def _learn(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         metrics: dict[str, float] = {}
         samples: list[Sample] = []
-        for expert in self._experts:
-            rollouts = made[expert.name]
-            samples += samples_of(self._job, expert, rollouts)
-            rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-            metrics[f"reward/{expert.name}"] = statistics.fmean(rewards) if rewards else 0.0
-        updates = [self._update(samples) for _ in range(self._settings.epochs)]
-        return metrics | updates[0]
+        for domain in self._domains:
+            own = [rollout for rollout in rollouts if rollout.domain == domain.name]
+            samples += samples_of(self._job, domain.expert, own)
+            metrics[f"reward/{domain.name}"] = facts_of(own)["reward"]
+        if not samples:
+            raise StageError("no rollout of this step was scored; rollouts.jsonl has their errors")
+        objective = self._objective(samples, self._shape)
+        updates = [self._update(samples, objective) for _ in range(self._settings.epochs)]
+        clipped = {name: updates[-1][name] for name in ("clip_rate",) if name in updates[-1]}
+        return metrics | updates[0] | clipped
 
-    def _update(self, samples: Sequence[Sample]) -> dict[str, float]:
-        update = self._trainer.update(samples, self._objective, by=_domain)
-        return {"kl": update["loss"], "grad_norm": update["grad_norm"], "lr": update["lr"]}
+    def _objective(self, samples: Sequence[Sample], shape: Divergence) -> Distillation:
+        return Distillation(
+            self._teachers,
+            shape,
+            advantages=self._advantages(samples) if self._settings.rewards else None,
+            scale=domain_scale(samples) if self._settings.mean == "domain" else None,
+            calls={sample.rollout_id: _in_calls(sample, self._chat) for sample in samples},
+        )
+
+    def _advantages(self, samples: Sequence[Sample]) -> Advantages:
+        found: Advantages = {}
+        for domain in self._domains:
+            found |= group_advantages([one for one in samples if one.domain == domain.name])
+        return found
+
+    def _update(self, samples: Sequence[Sample], objective: Distillation) -> dict[str, float]:
+        update = self._trainer.update(samples, objective, by=self._kind)
+        return update | objective.seen()
+
+    def _kind(self, sample: Sample) -> str:
+        """What may share a batch: one domain, one teacher."""
+        return f"{sample.domain} {self._teachers.name(sample)}"
 
 
-def _late_samples(job: Job, expert: Expert) -> list[Sample]:
+def _shape(settings: DistillSettings) -> Divergence:
+    overlap = None
+    if settings.overlap_k:
+        overlap = Overlap(
+            settings.overlap_k,
+            settings.overlap_power,
+            settings.truncate_after,
+            settings.truncate_below,
+        )
+    return Divergence(
+        settings.objective,
+        settings.top_k,
+        settings.support,
+        settings.strength,
+        settings.difference_clip,
+        settings.clip_low,
+        settings.clip_high,
+        settings.temperature,
+        overlap,
+    )
+
+
+def _teacher(domain: Domain, student: Any) -> Any:
+    """The model of a domain's teacher. Some families pad their vocabularies to different sizes."""
+    model = load_policy(domain.model)
+    sizes = (model.config.vocab_size, student.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise StageError(
+            f"{domain.name}: the teacher {domain.model} has logits for {sizes[0]} tokens and the student for"
+            f" {sizes[1]}; resize the embeddings of one of them"
+        )
+    return model
+
+
+def _measured(domain: Domain) -> list[Rollout]:
+    """What the teacher was evaluated by; tasks that name no domain are of its own."""
+    return [
+        replace(item, domain=item.domain or domain.name)
+        for path in domain.measured
+        for item in read_lines(Rollout, path)
+    ]
+
+
+def _late_samples(job: Job, domain: Domain) -> list[Sample]:
     """Samples of the second half of the rollouts that made the teacher.
 
     Those that failed too: what the teacher does when a try did not help is half of what it can do.
     """
-    rollouts = list(read_lines(Rollout, job.input(f"{expert.name}.rl") / "rollouts.jsonl"))
-    samples = samples_of(job, expert, rollouts[len(rollouts) // 2 :])
+    rollouts = list(read_lines(Rollout, domain.late)) if domain.late else []
+    late = [replace(item, domain=domain.name) for item in rollouts[len(rollouts) // 2 :]]
+    samples = samples_of(job, domain.expert, late)
     if not samples:
-        raise StageError(f"{expert.name}.rl left no scored rollout to begin with")
+        raise StageError(
+            f"{domain.name}: its teacher left no scored rollout to begin with; set cold_steps: 0"
+        )
     return samples
 
 
-def _domain(sample: Sample) -> str:
-    return sample.domain
+def _in_calls(sample: Sample, chat: ChatTokenizer) -> list[bool]:
+    """Which trained tokens are inside tool calls, as the tokenizer reads them."""
+    answers: dict[int, list[int]] = {}
+    trained = (token for token, yes in zip(sample.tokens, sample.trained, strict=True) if yes)
+    for turn, token in zip(turns(sample), trained, strict=True):
+        answers.setdefault(turn, []).append(token)
+    return [mark for ids in answers.values() for mark in chat.in_calls(ids)]

@@ -38,13 +38,20 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
         name.removesuffix(".synthesize") for name in job.inputs if name.endswith(".synthesize")
     ]
     tasks = {(mode, name): held_out(job, experts[name], mode) for mode in MODES for name in names}
-    total = len(models) * sum(map(len, tasks.values()))
+    total = sum(
+        len(chosen)
+        for column in models
+        for (_, name), chosen in tasks.items()
+        if _counts(job, column, name)
+    )
     metrics: dict[str, float] = {}
     num = 0
     async with open_rollouts(job) as rollouts:
         for column, folder in models.items():
             engine = open_engine(folder, **engine_settings(job))
             for (mode, name), chosen in tasks.items():
+                if not _counts(job, column, name):
+                    continue
                 temperature = job.preset.evaluate.temperature if mode == "sampled" else 0.0
                 sampling = Sampling(temperature, job.preset.max_new_tokens)
                 parts = rollouts.parts(experts[name], sampling)
@@ -66,6 +73,11 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
                 metrics[f"{column}/{mode}/{name}"] = sum(scored) / max(1, len(scored))
     job.progress.step(total - 1, total, metrics)
     return metrics
+
+
+def _counts(job: Job, column: str, name: str) -> bool:
+    """Of an expert, other domains are asked of what may teach them alone."""
+    return not job.spec.expert or name == job.spec.expert or column == "rl"
 
 
 def held_out(job: Job, expert: Expert, mode: str) -> list[Task]:

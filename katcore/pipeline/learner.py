@@ -47,7 +47,9 @@ class Learner:
     async def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
         """All passes over the samples of one step; the last update's metrics, and the step's."""
         settings = self._settings
-        advantages = group_advantages(samples, discount=settings.discount)
+        advantages = group_advantages(
+            samples, discount=settings.discount, baseline=settings.baseline
+        )
         advantages = penalised(advantages, samples, settings.failed_penalty)
         if settings.imitation:
             for sample in samples:

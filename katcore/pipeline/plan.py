@@ -30,7 +30,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "collect": _ROLLOUT,
     "sft": ("train",),
     "rl": ("train", *_ROLLOUT, "pipeline.frontier"),
-    "distill": ("train", *_ROLLOUT),
+    "distill": ("train", *_ROLLOUT, "pipeline.route"),
     "evaluate": _ROLLOUT,
     "gate": ("pipeline.statistic",),
     "register": ("registry",),
@@ -86,41 +86,60 @@ def build_plan(
         plugins.find("expert", name)
     specs = [StageSpec("base", "base", config=_dump(preset, "model", "base") | {"seed": seed})]
     for name in names:
-        expert = plugins.find("expert", name).expert
-        assert expert
-        specs += _expert_stages(expert, preset.for_expert(name), seed)
-    specs += _unified_stages([plugins.experts()[name] for name in names], preset, seed)
+        plugins.find("expert", name)
+    chosen = [plugins.experts()[name] for name in names]
+    for expert in chosen:
+        others = [item for item in chosen if item != expert and _may_teach_all(preset)]
+        specs += _expert_stages(expert, others, preset.for_expert(expert.name), seed)
+    if _may_teach_all(preset):
+        specs.sort(key=lambda spec: spec.stage in {"evaluate", "register"})
+    specs += _unified_stages(chosen, preset, seed)
     keys: dict[str, str] = {}
     for spec in specs:
         keys[spec.id] = _key(spec, keys, plugins)
     return Plan(preset, seed, names, {spec.id: spec for spec in specs}, keys)
 
 
-def _expert_stages(expert: Expert, preset: Preset, seed: int) -> list[StageSpec]:
+def _may_teach_all(preset: Preset) -> bool:
+    """Whether an expert may teach tasks of other domains: then it is evaluated on those, too."""
+    return preset.distill.teacher == "best"
+
+
+def _expert_stages(
+    expert: Expert, others: list[Expert], preset: Preset, seed: int
+) -> list[StageSpec]:
+    """The stages of an expert, which is evaluated on the tasks of `others`, too."""
     name = expert.name
     rollout, offers = _rollout_config(expert, preset, seed)
     synthesis = {**expert.synthesis, **preset.synthesis.get(name, {})}
 
     def stage(kind: str, *inputs: str, config: Mapping[str, Any], uses: Any = ()) -> StageSpec:
-        ids = tuple(item if item == "base" else f"{name}.{item}" for item in inputs)
+        ids = tuple(item if item == "base" or "." in item else f"{name}.{item}" for item in inputs)
         return StageSpec(f"{name}.{kind}", kind, name, ids, config, tuple(uses))
 
     made_by = (("synthesizer", expert.synthesizer), ("sandbox", preset.sandbox))
+    asked = [_rollout_config(item, preset, seed) for item in others]
+    evaluation = rollout | _dump(preset, "evaluate")
+    if others:
+        evaluation["others"] = [config for config, _ in asked]
     return [
         stage("synthesize", config={"options": synthesis, "seed": seed}, uses=made_by),
         stage(
             "collect", "base", "synthesize", config=rollout | _dump(preset, "collect"), uses=offers
         ),
         stage("sft", "base", "collect", config=_dump(preset, "sft") | {"seed": seed}),
-        stage("rl", "sft", "synthesize", config=rollout | _dump(preset, "rl"), uses=offers),
+        stage(
+            "rl", "sft", "synthesize", "collect", config=rollout | _dump(preset, "rl"), uses=offers
+        ),
         stage(
             "evaluate",
             "base",
             "sft",
             "rl",
             "synthesize",
-            config=rollout | _dump(preset, "evaluate"),
-            uses=offers,
+            *(f"{item.name}.synthesize" for item in others),
+            config=evaluation,
+            uses=dict.fromkeys((*offers, *(offer for _, used in asked for offer in used))),
         ),
         stage("register", "rl", "evaluate", config={}),
     ]
@@ -144,7 +163,12 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
         stage("sft", ["base", *of("collect")], _dump(preset, "student") | {"seed": seed}),
         stage(
             "distill",
-            [f"{prefix}.sft", *of("rl"), *of("synthesize")],
+            [
+                f"{prefix}.sft",
+                *of("rl"),
+                *of("synthesize"),
+                *(of("evaluate") if _may_teach_all(preset) else ()),
+            ],
             rollout | _dump(preset, "distill") | {"by_expert": own},
             offers,
         ),

@@ -1,9 +1,10 @@
 """How far a stage is: for the terminal, for MLflow, and for whoever looks into the folder."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 from katcore.pipeline.plan import Plan, StageSpec
 
 CURVE = "curve.jsonl"
+WARNINGS = "warnings.txt"
+_LOG = logging.getLogger(__name__)
 _EVERY_S = 0.3
 _TRACK_EVERY_S = 5.0
+
+
+Show = Callable[[int, int, Mapping[str, float]], None]
+"""Is told a step (from 0), how many there are, and the step's metrics."""
 
 
 class Progress:
@@ -22,7 +29,17 @@ class Progress:
     batches to an MLflow run that is opened with the first of them.
     """
 
-    def __init__(self, spec: StageSpec, work: Path, plan: Plan) -> None:
+    def __init__(
+        self,
+        spec: StageSpec,
+        work: Path,
+        plan: Plan,
+        experiment: str = "",
+        show: Show | None = None,
+    ) -> None:
+        own = f"expert/{spec.expert}" if spec.expert else "unified"
+        self._experiment = experiment or own
+        self._show = show
         self._spec = spec
         self._work = work
         self._plan = plan
@@ -38,8 +55,16 @@ class Progress:
         """A line of text, where there are no steps."""
         self._write({"text": text})
 
+    def warn(self, text: str) -> None:
+        """Something that a person should know: in the log, and noted beside the stage's state."""
+        _LOG.warning(text)
+        with (self._work / "out" / WARNINGS).open("a") as file:
+            file.write(f"{text}\n")
+
     def step(self, step: int, steps: int, metrics: Mapping[str, float] | None = None) -> None:
         """Step `step` of `steps` (from 0) is done."""
+        if self._show:
+            self._show(step, steps, metrics or {})
         now = time.time()
         self._first_step = step if self._first_step is None else self._first_step
         if metrics:
@@ -71,9 +96,8 @@ class Progress:
                 "katcore.preset": self._plan.preset.name,
                 "katcore.seed": str(self._plan.seed),
             }
-            experiment = f"expert/{self._spec.expert}" if self._spec.expert else "unified"
             self._run = tracking.open_run(
-                experiment, self._spec.id, tags, self._spec.config, self._work / "mlflow-run"
+                self._experiment, self._spec.id, tags, self._spec.config, self._work / "mlflow-run"
             )
         self._run.log(self._pending)
         self._pending = []

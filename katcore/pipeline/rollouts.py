@@ -1,6 +1,7 @@
 """What the stages that make rollouts share: proxy, sandboxes, the experts' parts, and durable results."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+import statistics
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Outcome, Rollout
 from katcore.schema.sample import Sample
 from katcore.schema.task import Task
+from katcore.trajectory.calls import drop_torn_line
 
 _MAX_LOST = 0.1
 
@@ -117,11 +119,8 @@ class RolloutFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                path.write_bytes(whole)
+        path.touch()
+        drop_torn_line(path)
         self._file = path.open("ab", buffering=0)
 
     def append(self, rollout: Rollout) -> None:
@@ -135,3 +134,64 @@ class RolloutFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class StepRollouts:
+    """The rollouts of training steps, on disk as they end.
+
+    What a killed process made for steps from `first` on is taken as made: a run that goes on learns from the
+    very rollouts that it would have learnt from.
+    """
+
+    def __init__(self, path: Path, name: str, first: int) -> None:
+        self._file = RolloutFile(path)
+        self._name = name
+        self._made: dict[int, list[Rollout]] = {}
+        for rollout in self._file.read():
+            step = int(rollout.id.partition(".")[0].removeprefix(f"{name}-"))
+            if step >= first:
+                self._made.setdefault(step, []).append(rollout)
+
+    def label(self, step: int) -> str:
+        """How the ids of the step's rollouts begin."""
+        return f"{self._name}-{step}"
+
+    def of(self, step: int) -> list[Rollout]:
+        """Those of a step so far."""
+        return self._made.get(step, [])
+
+    async def make(
+        self, rollouts: Rollouts, attempts: Iterable[Attempt], parts: Parts, step: int
+    ) -> list[Rollout]:
+        """Make the attempts of a step that are not made; returns all so far. Steps before are let go."""
+        self._made = {number: made for number, made in self._made.items() if number >= step}
+        made = self._made.setdefault(step, [])
+        done = {(item.domain, item.task_id, item.attempt) for item in made}
+        missing = (
+            item for item in attempts if (item.task.domain, item.task.id, item.number) not in done
+        )
+        async for rollout in rollouts.run(missing, parts):
+            self._file.append(rollout)
+            made.append(rollout)
+        return made
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def facts_of(rollouts: Sequence[Rollout], seconds: float = 0.0) -> dict[str, float]:
+    """Mean reward and turns, the share lost to infrastructure, and speed, given how long they took.
+
+    `entropy` is that of the sampled distribution, estimated from the log-probabilities of what was sampled.
+    """
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    turns = [turn for rollout in rollouts for turn in rollout.trajectory.turns]
+    sampled = [value for turn in turns if turn.origin == "sampled" for value in turn.logprobs]
+    found = {
+        "reward": statistics.fmean(rewards) if rewards else 0.0,
+        "turns": len(turns) / max(1, len(rollouts)),
+        "infra_failed_rate": 1 - len(rewards) / max(1, len(rollouts)),
+        "entropy": -statistics.fmean(sampled) if sampled else 0.0,
+    }
+    return found | ({"sampled_per_s": len(sampled) / seconds} if seconds else {})

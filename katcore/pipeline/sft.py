@@ -1,5 +1,9 @@
 """Stage `sft`: fine-tune the base on an expert's demonstrations, or the student on all of them."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from katcore.config import SftSettings
 from katcore.errors import StageError
 from katcore.pipeline.stage import Job
 from katcore.schema.codec import read_lines
@@ -13,19 +17,27 @@ def run(job: Job) -> dict[str, float]:
     """Write `model/`."""
     is_student = not job.spec.expert
     limit_threads(job.preset.expert_threads)  # the student's SFT runs beside an expert's RL
-    settings = job.preset.student if is_student else job.preset.sft
-    sources = [name for name in job.inputs if name.endswith(".collect")]
     samples = [
         sample
-        for name in sources
+        for name in job.inputs
+        if name.endswith(".collect")
         for sample in read_lines(Sample, job.input(name) / "samples.jsonl")
     ]
+    settings = job.preset.student if is_student else job.preset.sft
+    return train(job, job.input("base") / "model", samples, settings)
+
+
+def train(
+    job: Job, start: Path, samples: Sequence[Sample], settings: SftSettings
+) -> dict[str, float]:
+    """Fine-tune the model of a folder; see `run`."""
     context = job.preset.model.context
     usable = [sample for sample in samples if len(sample.tokens) <= context]
     if not usable:
-        raise StageError(f"{', '.join(sources)}: no sample of at most {context} tokens to train on")
-    base = job.input("base") / "model"
-    model = load_policy(base)
+        raise StageError(
+            f"none of {len(samples)} samples has at most {context} tokens: there is nothing to train on"
+        )
+    model = load_policy(start)
     schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
     last: dict[str, float] = {}
 
@@ -41,5 +53,5 @@ def run(job: Job) -> dict[str, float]:
         checkpoint=job.checkpoint,
         report=report,
     )
-    save_policy(model, job.out / "model", tokenizer=base)
+    save_policy(model, job.out / "model", tokenizer=start)
     return {"loss": last.get("loss", 0.0), "num_samples": float(len(usable))}

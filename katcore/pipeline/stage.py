@@ -15,7 +15,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
@@ -23,8 +23,9 @@ from pathlib import Path
 
 from katcore.config import Preset, home
 from katcore.errors import StageBusyError, StageError
+from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.plan import Plan, StageSpec
-from katcore.pipeline.progress import Progress
+from katcore.pipeline.progress import Progress, Show
 from katcore.plugin import Plugins
 from katcore.schema.event import StageFinished
 
@@ -52,6 +53,19 @@ class Job:
     def checkpoint(self) -> Path:
         """Where training leaves what it needs to go on."""
         return self.work / "checkpoint.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a stage does, and the model folders it makes its own from.
+
+    `experiment` is MLflow's, if not the stage's; `show` is told step, steps and metrics.
+    """
+
+    run: Callable[[Job], dict[str, float]]
+    models: tuple[Path, ...] = ()
+    experiment: str = ""
+    show: Show | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +100,33 @@ def run_stage(plan: Plan, stage_id: str, plugins: Plugins) -> Finished:
     missing = [name for name, folder in inputs.items() if not finished(folder)]
     if missing:
         raise StageError(f"{stage_id} needs {', '.join(missing)}, not made yet; run that first")
-    work = path.with_name(f"{path.name}.work")
+    models = tuple(folder / "model" for folder in inputs.values() if (folder / "model").is_dir())
+    run = import_module(f"katcore.pipeline.{spec.stage}").run
+    return make(path, plan, spec, plugins, Work(run, models))
+
+
+def make(path: Path, plan: Plan, spec: StageSpec, plugins: Plugins, work: Work) -> Finished:
+    """Do a stage's work and publish it at `path`, unless it is there.
+
+    Raises:
+        StageError: another process is at it, or the disk is full.
+    """
+    folder = path.with_name(f"{path.name}.work")
     with _locked(path), _full_disk_said(path):
         done = finished(path)
         if done:
             return done
-        (work / "out").mkdir(parents=True, exist_ok=True)
-        progress = Progress(spec, work, plan)
+        out = folder / "out"
+        out.mkdir(parents=True, exist_ok=True)
+        inputs = {name: stage_path(plan, name) for name in spec.inputs}
+        progress = Progress(spec, folder, plan, work.experiment, work.show)
         preset = plan.preset.for_expert(spec.expert)
-        job = Job(spec, preset, plan.seed, plugins, inputs, work, work / "out", progress)
+        job = Job(spec, preset, plan.seed, plugins, inputs, folder, out, progress)
         started_s = time.time()
-        metrics = import_module(f"katcore.pipeline.{spec.stage}").run(job)
-        _publish(job, plan, path, metrics, started_s)
+        metrics = work.run(job)
+        _publish(job, plan, path, work.models, (started_s, metrics))
         progress.close()
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
     result = Finished(path, False, time.time() - started_s, metrics)
     _notify(plugins, spec, result)
     return result
@@ -118,7 +145,14 @@ def finished(path: Path) -> Finished | None:
     return Finished(path, True, content["seconds"], content["metrics"])
 
 
-def _publish(job: Job, plan: Plan, path: Path, metrics: dict[str, float], started_s: float) -> None:
+def _publish(
+    job: Job,
+    plan: Plan,
+    path: Path,
+    models: Iterable[Path],
+    done: tuple[float, dict[str, float]],
+) -> None:
+    started_s, metrics = done
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     manifest = {
         "schema_version": 1,
@@ -126,6 +160,7 @@ def _publish(job: Job, plan: Plan, path: Path, metrics: dict[str, float], starte
         "key": path.name,
         "spec": asdict(job.spec),
         "inputs": {name: plan.keys[name] for name in job.spec.inputs},
+        "ancestors": sorted({name for model in models for name in ancestors(model)}),
         "preset": plan.preset.name,
         "seed": plan.seed,
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
+from katcore.errors import ConfigError
 from katcore.registry.store import client
 
 
@@ -27,3 +29,26 @@ def register(name: str, folder: Path, tags: Mapping[str, str], aliases: Iterable
     for alias in aliases:
         store.set_registered_model_alias(name, alias, version)
     return version
+
+
+def find(uri: str) -> Path:
+    """The folder of a version: `models:/NAME/VERSION`, or `models:/NAME@ALIAS`.
+
+    Raises:
+        ConfigError: there is none; says what there is.
+    """
+    store, named = client(), uri.removeprefix("models:/")
+    name, _, number = named.partition("/")
+    base, _, alias = named.partition("@")
+    try:
+        if alias:
+            found = store.get_model_version_by_alias(base, alias)
+        else:
+            found = store.get_model_version(name, number)
+    except (MlflowException, RestException) as error:
+        names = [f"models:/{item.name}" for item in store.search_registered_models()]
+        raise ConfigError(
+            f"no registered model {uri!r}: {error.message}; write models:/NAME/VERSION or models:/NAME@ALIAS"
+            f" of: {', '.join(names) or 'none, for no model is registered'}"
+        ) from error
+    return Path(unquote(urlsplit(str(found.source)).path))

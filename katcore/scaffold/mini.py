@@ -8,7 +8,7 @@ import asyncio
 import re
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from katcore.errors import SandboxTimeoutError, ScaffoldError
 from katcore.protocols import Sandbox
@@ -21,11 +21,15 @@ _STOPS = {"budget_exhausted": "budget", "context_length_exceeded": "length"}
 
 
 class MiniConfig(BaseModel):
-    """Options of the mini scaffold. Output beyond `max_output_chars` is cut in its middle."""
+    """Options of the mini scaffold. Output beyond `max_output_chars` is cut in its middle.
+
+    After `max_repeats` turns with the same command and the same output it ends: the agent is stuck.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_turns: int = 6
+    max_repeats: int = Field(default=3, ge=2)
     max_output_chars: int = 240
     command_timeout_s: float = 10.0
 
@@ -37,12 +41,13 @@ class MiniScaffold:
         self._config = config
 
     async def run(self, prompt: str, sandbox: Sandbox, endpoint: ModelEndpoint) -> ExecResult:
-        """See `Scaffold.run`. `stderr` is `submitted`, `turns`, `length` or `budget`.
+        """See `Scaffold.run`. `stderr` is `submitted`, `turns`, `stuck`, `length` or `budget`.
 
         Raises:
             ScaffoldError: the model endpoint answered with something that is no chat completion.
         """
         messages = [{"role": "user", "content": prompt}]
+        last, num_same = ("", ""), 0
         async with aiohttp.ClientSession(headers=_headers(endpoint)) as client:
             for _ in range(self._config.max_turns):
                 answer, finish = await _ask(client, endpoint, messages)
@@ -54,6 +59,10 @@ class MiniScaffold:
                 if finish == "length":
                     return _ended("length")
                 output = await self._execute(sandbox, command)
+                num_same = num_same + 1 if last == (command, output) else 1
+                last = command, output
+                if num_same == self._config.max_repeats:
+                    return _ended("stuck")
                 messages += [
                     {"role": "assistant", "content": answer},
                     {"role": "user", "content": output},

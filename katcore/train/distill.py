@@ -1,25 +1,256 @@
-"""Teachers for on-policy distillation: the experts, one per domain."""
+"""On-policy distillation: how far the student is from a teacher, on the tokens that the student said.
 
-from collections.abc import Sequence
-from typing import Any
+With p the student and q the teacher after the same tokens, the cost of a token is one of
+
+- `reverse-kl`: KL(p || q), the sum of p_v log(p_v / q_v) over the vocabulary (GKD with beta = 1, arXiv
+  2306.13649);
+- `top-k`: the same over the k likeliest tokens of one of the two, S, and one bucket for all others: the sum
+  over S of p_v log(p_v / q_v), plus p_R log(p_R / q_R), where p_R is 1 less the sum over S of p_v. S is taken
+  as given. It is at most the KL, for what is merged cannot differ, and the KL itself if S is the vocabulary;
+- `policy-gradient`: of the token y that was drawn alone, -min(r A, clip(r) A), where r is p_y over the
+  sampler's, and A = A_RL + strength clip(log q_y - log p_y) is taken as given (MOPD, arXiv 2606.30406).
+  Where nothing is clipped and A_RL is 0, its gradient is in expectation that of strength KL(p || q), whatever
+  the sampler: r makes up for it, and grad KL = E_p[log(p_y / q_y) grad log p_y].
+
+Tokens of which the two have little in common may count less, and what follows many such may be left out
+(KAT-Coder-V2.5, arXiv 2607.05471). Departs from it in the weight, which it leaves open: overlap^power.
+Proven in tests/train/test_distill.py: exact enumeration, finite differences, TRL's losses, trees.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from katcore.schema.sample import Sample
-from katcore.train.batch import TreeBatch
+from katcore.train.advantage import Advantages
+from katcore.train.batch import TreeBatch, Weighting
+from katcore.train.objective import Metrics, TokenMean, refuse_unsampled, sample_weight
 from katcore.train.policy import logits_at
+
+Kind = Literal["reverse-kl", "top-k", "policy-gradient"]
+Teacher = Callable[[TreeBatch, Sequence[Sample]], Tensor]
+"""The teacher's logits of a batch's trained tokens, (N, V)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A token counts (|top k of p and of q| / k)^power.
+
+    After `limit` tokens in a row, on their path, that have less than `least` in common, the rest of the path
+    counts nothing; with a limit of 0 all of it does.
+    """
+
+    k: int
+    power: float = 1.0
+    limit: int = 0
+    least: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The cost of a token. `support` says whose k likeliest tokens; `temperature` is the sampler's.
+
+    A temperature other than 1 has the policy gradient compare both policies at it, as they were sampled.
+    """
+
+    kind: Kind = "reverse-kl"
+    k: int = 32
+    support: Literal["teacher", "student"] = "teacher"
+    strength: float = 1.0
+    most: float = 5.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    temperature: float = 1.0
+    overlap: Overlap | None = None
 
 
 class Teachers:
-    """The experts' models, one per domain; each scores the samples of its own domain."""
+    """The experts' models by name. `chosen` names the one of a (domain, task id), if not the domain's."""
 
-    def __init__(self, models: dict[str, Any]) -> None:
+    def __init__(
+        self, models: Mapping[str, Any], chosen: Mapping[tuple[str, str], str] | None = None
+    ) -> None:
         self._models = models
+        self._chosen = chosen or {}
 
-    def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> torch.Tensor:
-        """The teacher's logits of the batch's trained tokens, (N, V). A batch has one domain."""
-        (domain,) = {sample.domain for sample in samples}
+    def name(self, sample: Sample) -> str:
+        """Who teaches a sample."""
+        return self._chosen.get((sample.domain, sample.task_id), sample.domain)
+
+    def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """See `Teacher`. A batch has one teacher."""
+        (name,) = {self.name(sample) for sample in samples}
         with torch.inference_mode():
             return logits_at(
-                self._models[domain], batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N
+                self._models[name], batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N
             )
+
+
+class Distillation(TokenMean):
+    """A divergence as an objective; notes what it sees until it is asked.
+
+    `advantages` are A_RL of some rollouts, 0 for others. `scale` weighs whole domains. `calls` marks, by
+    rollout id, which of the trained tokens are inside tool calls. The samples of a batch are of one domain.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        shape: Divergence = Divergence(),
+        *,
+        advantages: Advantages | None = None,
+        scale: Mapping[str, float] | None = None,
+        calls: Mapping[str, Sequence[bool]] | None = None,
+    ) -> None:
+        self._teacher = teacher
+        self._shape = shape
+        self._advantages = advantages or {}
+        self._scale = scale or {}
+        self._calls = calls or {}
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """Sum of w_t times the cost of each token."""
+        refuse_unsampled(samples)
+        shape = self._shape
+        taught_NV = self._teacher(batch, samples)
+        if shape.kind == "policy-gradient" and shape.temperature != 1:
+            logits_NV, taught_NV = logits_NV / shape.temperature, taught_NV / shape.temperature
+        student_NV, teacher_NV = logits_NV.log_softmax(1), taught_NV.log_softmax(1)
+        weight_N = batch.weights_N * self._scale.get(samples[0].domain, 1.0)
+        if shape.overlap:
+            overlap_N = overlap(student_NV, teacher_NV, shape.overlap.k)
+            weight_N = weight_N * trusted(overlap_N, samples, shape.overlap)
+            self._note("overlap", overlap_N, batch.weights_N)
+        if shape.kind == "policy-gradient":
+            cost_N = self._policy_gradient(student_NV, teacher_NV, batch, samples)
+        elif shape.kind == "top-k" and shape.k < student_NV.shape[1]:
+            likeliest_NV = teacher_NV if shape.support == "teacher" else student_NV
+            cost_N = top_k_kl(student_NV, teacher_NV, likeliest_NV.topk(shape.k, 1).indices)
+        else:
+            cost_N = reverse_kl(student_NV, teacher_NV)
+        self._look(student_NV.detach(), teacher_NV, cost_N.detach(), batch, samples)
+        return (weight_N * cost_N).sum()
+
+    def seen(self) -> Metrics:
+        """Means over tokens since the last time.
+
+        `kl` and `kl/<domain>`: KL(p || q), whatever the loss; `kl_calls`: of tokens in tool calls; `entropy`
+        of p; `agreement`: how often both have the same likeliest token; `overlap`; of the policy gradient,
+        `clip_rate`: how often the clip held a ratio back, and `difference_clip_rate`: how often
+        log q - log p was cut.
+        """
+        found = {name: total / weight for name, (total, weight) in self._seen.items() if weight}
+        self._seen = {}
+        return found
+
+    def _policy_gradient(
+        self, student_NV: Tensor, teacher_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]
+    ) -> Tensor:
+        shape = self._shape
+        at_N1 = batch.targets_N[:, None]
+        logprob_N = student_NV.gather(1, at_N1)[:, 0].double()
+        apart_N = teacher_NV.gather(1, at_N1)[:, 0] - logprob_N.detach()
+        pairs = zip(batch.rows_N.tolist(), batch.turns_N.tolist(), strict=True)
+        reinforced = [self._advantage(samples[row], turn) for row, turn in pairs]
+        gain_N = torch.tensor(reinforced, dtype=torch.float64)
+        gain_N = gain_N + shape.strength * apart_N.clamp(-shape.most, shape.most)
+        ratio_N = (logprob_N - batch.old_N).exp()
+        low, high = 1 - shape.clip_low, 1 + shape.clip_high
+        held_N = ((ratio_N > high) & (gain_N > 0)) | ((ratio_N < low) & (gain_N < 0))
+        self._note("clip_rate", held_N, batch.weights_N)
+        self._note("difference_clip_rate", apart_N.abs() > shape.most, batch.weights_N)
+        return -torch.minimum(ratio_N * gain_N, ratio_N.clamp(low, high) * gain_N)
+
+    def _advantage(self, sample: Sample, turn: int) -> float:
+        rows = self._advantages.get(sample.rollout_id)
+        return rows[0][turn] if rows else 0.0
+
+    def _look(
+        self,
+        student_NV: Tensor,
+        teacher_NV: Tensor,
+        cost_N: Tensor,
+        batch: TreeBatch,
+        samples: Sequence[Sample],
+    ) -> None:
+        kl_N = cost_N
+        if self._shape.kind != "reverse-kl":
+            kl_N = reverse_kl(student_NV, teacher_NV)
+        weights_N = batch.weights_N
+        self._note("kl", kl_N, weights_N)
+        self._note(f"kl/{samples[0].domain}", kl_N, weights_N)
+        self._note("entropy", -torch.linalg.vecdot(student_NV.exp(), student_NV), weights_N)
+        self._note("agreement", student_NV.argmax(1) == teacher_NV.argmax(1), weights_N)
+        if any(any(self._calls.get(sample.rollout_id, ())) for sample in samples):
+            marks = [mark for sample in samples for mark in self._calls[sample.rollout_id]]
+            self._note("kl_calls", kl_N, weights_N * torch.tensor(marks))
+
+    def _note(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
+        total, weight = self._seen.get(name, (0.0, 0.0))
+        self._seen[name] = (
+            total + float((weights_N * values_N).sum()),
+            weight + float(weights_N.sum()),
+        )
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities, (N,)."""
+    return (student_NV.exp() * (student_NV - teacher_NV)).sum(1)
+
+
+def top_k_kl(student_NV: Tensor, teacher_NV: Tensor, support_NK: Tensor) -> Tensor:
+    """KL(p || q) where all tokens that are not in the support, K < V of them, are one, (N,)."""
+    outside_NV = torch.ones_like(student_NV, dtype=torch.bool).scatter(1, support_NK, False)
+    parts = []
+    for logprobs_NV in (student_NV, teacher_NV):
+        rest_N1 = logprobs_NV.where(outside_NV, -torch.inf).logsumexp(1, keepdim=True)
+        parts.append(torch.cat([logprobs_NV.gather(1, support_NK), rest_N1], 1))
+    return reverse_kl(*parts)
+
+
+def overlap(student_NV: Tensor, teacher_NV: Tensor, k: int) -> Tensor:
+    """The share of the k likeliest tokens that both have, (N,)."""
+    k = min(k, student_NV.shape[1])
+    none_NV = torch.zeros_like(student_NV, dtype=torch.bool)
+    ours_NV, theirs_NV = (
+        none_NV.scatter(1, likely_NV.topk(k, 1).indices, True)
+        for likely_NV in (student_NV.detach(), teacher_NV)
+    )
+    return (ours_NV & theirs_NV).sum(1).double() / k
+
+
+def trusted(overlap_N: Tensor, samples: Sequence[Sample], shape: Overlap) -> Tensor:
+    """What each token counts for its overlap, (N,)."""
+    trust_N = overlap_N**shape.power
+    if shape.limit:
+        lows = iter((overlap_N < shape.least).tolist())
+        cut = [is_cut for sample in samples for is_cut in _cut(sample, lows, shape.limit)]
+        trust_N = trust_N * ~torch.tensor(cut)
+    return trust_N
+
+
+def _cut(sample: Sample, lows: Any, limit: int) -> list[bool]:
+    """Which trained tokens come after `limit` low ones in a row; context neither counts nor breaks a row."""
+    states: list[tuple[int, bool]] = []
+    found: list[bool] = []
+    for parent, is_trained in zip(sample.parents, sample.trained, strict=True):
+        row, is_cut = states[parent] if parent >= 0 else (0, False)
+        if is_trained:
+            found.append(is_cut)
+            row = row + 1 if next(lows) else 0
+            is_cut = is_cut or row >= limit
+        states.append((row, is_cut))
+    return found
+
+
+def domain_scale(samples: Sequence[Sample], weighting: Weighting = "path") -> dict[str, float]:
+    """What has every domain weigh the same in a mean over tokens, however many it has."""
+    weights: dict[str, float] = {}
+    for sample in samples:
+        weights[sample.domain] = weights.get(sample.domain, 0.0) + sample_weight(sample, weighting)
+    mean = sum(weights.values()) / len(weights)
+    return {domain: mean / weight for domain, weight in weights.items() if weight}

@@ -5,14 +5,12 @@ micro-batches changes nothing.
 
 - `Sft`: negative log-likelihood, mean over tokens.
 - `PolicyGradient` (in `surrogate`): reinforcement.
-- `ReverseKl`: KL(student || teacher) over the whole vocabulary on the student's own tokens
-  (on-policy distillation; GKD with beta = 1, arXiv 2306.13649).
+- `Distillation` (in `distill`): the distance to a teacher on the student's own tokens.
 
 Proven against finite differences and TRL's formulas in tests/train/test_objective.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -55,21 +53,6 @@ class Sft(TokenMean):
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """-sum of w_t log pi(y_t)."""
         return -(batch.weights_N * token_logprobs(logits_NV, batch.targets_N)).sum()
-
-
-@dataclass(frozen=True)
-class ReverseKl(TokenMean):
-    """On-policy distillation. `teacher(batch, samples)` gives the teacher's logits, (N, V)."""
-
-    teacher: Callable[[TreeBatch, Sequence[Sample]], Tensor]
-
-    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
-        """Sum of w_t KL(pi_student(. | h_t) || pi_teacher(. | h_t))."""
-        refuse_unsampled(samples)
-        student_NV = logits_NV.log_softmax(1)
-        teacher_NV = self.teacher(batch, samples).log_softmax(1)
-        kl_N = (student_NV.exp() * (student_NV - teacher_NV)).sum(1)
-        return (batch.weights_N * kl_N).sum()
 
 
 def refuse_unsampled(samples: Sequence[Sample]) -> None:

@@ -89,6 +89,7 @@ class PolicyGradient:
         self._reference = reference
         self._made: dict[tuple[str, Weighting], Units] = {}
         self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
+        self._kl = 0.0
 
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """-sum over units of plus min(r, 1 + high) + minus max(r, 1 - low), and the terms per token."""
@@ -104,6 +105,8 @@ class PolicyGradient:
         gain_U = joined.plus_U * ratio_U.clamp(max=1 + shape.clip_high)
         gain_U = gain_U + joined.minus_U * ratio_U.clamp(min=1 - shape.clip_low)
         self._count(joined, ratio_U.detach(), keep_N)
+        apart_N = (logprob_N - old_N).detach()
+        self._kl += float((apart_N.exp() - apart_N - 1).sum())
         loss = -(weight_U * gain_U).sum()
         if shape.kl or shape.entropy or shape.imitation:
             loss = loss + self._per_token(logits_NV, logprob_N, batch, samples, trees)
@@ -114,11 +117,16 @@ class PolicyGradient:
         return sum(self._units(sample, weighting).weight for sample in samples)
 
     def rates(self) -> Metrics:
-        """The share of units that the clip held back since the last time, and of tokens left out."""
+        """The share of units that the clip held back since the last time, and of tokens left out.
+
+        `kl_old` is the mean over tokens of the k3 estimate of KL(old policy || policy).
+        """
         found = {
             "clip_rate": self._num_clipped / max(1, self._num_units),
             "dropped_rate": self._num_dropped / max(1, self._num_tokens),
+            "kl_old": self._kl / max(1, self._num_tokens),
         }
+        self._kl = 0.0
         self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0
         return found
 

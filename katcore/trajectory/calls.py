@@ -25,7 +25,7 @@ class CallLog:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
-        _drop_torn_line(path)
+        drop_torn_line(path)
 
     async def append(self, call: ModelCall | CallFailure) -> None:
         """Return once the call is on disk.
@@ -99,7 +99,8 @@ def calls_by_session(path: Path) -> dict[str, list[ModelCall]]:
     return sessions
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
+    """Remove what follows the last line end of a file."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         end = size

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kat_swe.function import Function
-from kat_swe.inside.edit import places, replaced, tokens
+from kat_swe.inside.edit import places, replaced, shortened, tokens
 
 _BOUNDARY = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _DIRECTION = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -63,7 +63,8 @@ class Edit:
     def command(self) -> str:
         """The agent's command for it."""
         which = f" {self.number}" if self.number > 1 else ""
-        return f'fix "{" ".join(filter(None, (self.old, self.new)))}"{which}'
+        new = shortened(self.old, self.new)
+        return f'fix "{" ".join(filter(None, (self.old, new)))}"{which}'
 
     @property
     def is_plain(self) -> bool:

@@ -54,6 +54,7 @@ PACKAGES = (
         ),
         "src/anytree",
         ("tests",),
+        is_held_out=True,
     ),
     Package(
         Release(
@@ -61,6 +62,7 @@ PACKAGES = (
         ),
         "tinydb",
         ("tests",),
+        is_held_out=True,
     ),
     Package(
         Release("funcy", "2.1", "8979feb3de7120afd1d00e5a8eae810c1942e4bfbc91697151e9ee1e49f79284"),

@@ -32,7 +32,7 @@ class SweConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: int = Field(default=1600, ge=1)
-    held_out: int = Field(default=400, ge=1)
+    held_out: int = Field(default=800, ge=1)
     packages: tuple[str, ...] = ()
     index: str = ""
     sandbox: str = "local"

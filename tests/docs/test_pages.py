@@ -116,6 +116,12 @@ def test_trajectories_can_be_read_as_told(tutorial: tuple[Path, list[str]]) -> N
         assert "main scripted" in run("python read.py", folder)
 
 
+@pytest.mark.slow
+def test_models_are_trained_as_told(tmp_path: Path) -> None:
+    printed = [run(block, tmp_path) for block in blocks("docs/how-to/train.md", "sh")]
+    assert "model.safetensors" in printed[-1].splitlines()
+
+
 def test_the_expert_of_the_how_to_makes_tasks(tmp_path: Path) -> None:
     (code,) = blocks("docs/how-to/add-an-expert.md", "python")
     module = types.ModuleType("katcore_greet")

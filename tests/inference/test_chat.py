@@ -1,5 +1,7 @@
 """Messages to ids: a continuation is the whole conversation's tail, and content controls nothing."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from katcore.errors import EngineError
+from katcore.inference.bytes import byte_chat, write_byte_tokenizer
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.scripted import ScriptedEngine
-from katcore.schema.call import EngineRequest, Message, Sampling
+from katcore.schema.call import EngineRequest, Message, Sampling, Tool, ToolCall
 from katcore.train.tokenizer import ASSISTANT, END, PAD, SYSTEM, USER
 
 SPECIAL = (PAD, END, USER, ASSISTANT, SYSTEM)
@@ -87,3 +90,43 @@ async def test_the_scripted_engine_replays_its_turns(chat: ChatTokenizer) -> Non
         messages += [Message("assistant", text), user("ok")]
     with pytest.raises(EngineError, match="no turn 2"):
         await engine.generate(EngineRequest("s", (), Sampling(), tuple(messages)))
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "begin"),
+    [
+        ("", "", "<think></think><tool_call>"),  # with nothing before it, all is part of it
+        ("I look.", "", "<tool_call>"),
+        ("I look é.", "look? é", "<tool_call>"),
+    ],
+)
+def test_what_is_inside_a_tool_call_is_marked(text: str, reasoning: str, begin: str) -> None:
+    chat = byte_chat()
+    call = ToolCall("c", "shell", '{"command": "ls é"}')
+    tool = Tool("shell", "", '{"type": "object"}')
+    ids = chat.answer_ids(Message("assistant", text, reasoning, (call,)), [tool])
+    marks = chat.in_calls(ids)
+    inside = [number for number, mark in zip(ids, marks, strict=True) if mark]
+    said = "".join(chat._tokenizer.decode(inside, skip_special_tokens=False).split())
+    assert said.startswith(begin)
+    assert said.endswith("</tool_call>")
+    assert chat._tokenizer.decode(ids, skip_special_tokens=False).count("<tool_call>") == 1
+    assert chat.in_calls(chat.text_ids("no call")) == [False] * 8
+
+
+def test_tokenizers_that_cannot_score_each_other_s_ids_say_why(tmp_path: Path) -> None:
+    def made(name: str, **given: str) -> ChatTokenizer:
+        return ChatTokenizer(write_byte_tokenizer(tmp_path / name, **given))
+
+    one = made("one")
+    assert one.differences(made("same")) == []
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    assert one.differences(made("other", template=template)) == ["chat template"]
+    found = one.differences(made("longer", end="<|stop|>"))
+    assert found == ["vocabulary", "end-of-turn tokens"]
+    folder = tmp_path / "split"
+    shutil.copytree(tmp_path / "one", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["use_regex"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert one.differences(ChatTokenizer(folder)) == ["how text is split"]

@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 
 from kat_swe.function import Function, functions
-from kat_swe.inside.edit import places, replaced
+from kat_swe.inside.edit import meant, places, replaced, shortened
 from kat_swe.mutant import mutants
 from kat_swe.operator import Edit, edits
 
@@ -143,3 +143,22 @@ def test_edits_count_the_places_of_a_token_over_the_shown_lines() -> None:
 def test_a_command_is_one_quoted_string_and_the_place_where_it_is_not_the_first() -> None:
     assert Edit("<", "<=").command == 'fix "< <="'
     assert Edit("not", "", 2).command == 'fix "not" 2'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "short"),
+    [
+        ("rows", "return rows", "return @"),
+        ("if", "if not", "@ not"),
+        ("in", "not in", "not @"),
+        ("a,b", "b, a", "~"),
+        ("a,0", "0, a", "~"),
+        ("a,b", "a, b", "a, b"),
+        ("<", "<=", "<="),
+        ("re", "return re", "return @"),
+        ("not", "", ""),
+    ],
+)
+def test_a_command_names_what_it_replaces_once(old: str, new: str, short: str) -> None:
+    assert shortened(old, new) == short
+    assert meant(old, short) == new

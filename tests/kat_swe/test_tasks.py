@@ -4,10 +4,12 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kat_swe.function import read
+from kat_swe.inside.edit import places
 from kat_swe.operator import Edit, edits
 from kat_swe.package import PACKAGES
 from kat_swe.synthesizer import SweConfig, SweSynthesizer
@@ -22,6 +24,17 @@ from katcore.schema.task import Task
 
 OPTIONS = {"train": 8, "held_out": 6, "packages": ("funcy", "inflection")}
 Attempter = Callable[[Task, Sequence[str]], "object"]
+
+
+def read_spec(task: Task) -> dict[str, Any]:
+    """What the task tells its tools."""
+    return json.loads((task.directory / "environment" / "task.json").read_text())  # type: ignore[no-any-return]
+
+
+def shown(task: Task) -> list[str]:
+    """The lines in which an edit may be made."""
+    known = read_spec(task)
+    return [known["source"][at] for at in known["lines"]]
 
 
 class Script:
@@ -179,7 +192,7 @@ async def test_cheating_does_not_pay(root: Path, attempt: Attempter, cheat: str)
 
 async def test_code_outside_the_function_does_not_count(root: Path, attempt: Attempter) -> None:
     task = tasks(root, "train")[0]
-    file = json.loads((task.directory / "environment" / "task.json").read_text())["file"]
+    file = read_spec(task)["file"]
     repair = demonstrations(task)[0].turns[-2]
     rollout = await attempt(task, [repair, f"echo 'x = 1' >> /pkg/{file}", "submit"])  # type: ignore[misc]
     assert rollout.reward == 0.0
@@ -188,32 +201,46 @@ async def test_code_outside_the_function_does_not_count(root: Path, attempt: Att
 
 async def test_the_tools_answer_in_one_short_line(root: Path, attempt: Attempter) -> None:
     task = next(task for task in tasks(root, "train") if task.traits["needs_reading"] == "true")
-    known = json.loads((task.directory / "environment" / "task.json").read_text())
+    known = read_spec(task)
     words = list(dict.fromkeys(edit[0] for edit in known["edits"]))
     left = f"\nleft: {' '.join(words)}"
-    turns = ["t", 'fix "def a" 9', 'fix "nothere b"', "fix", "show", "submit"]
+    turns = ["t", 'fix "def a" 9', 'fix "~~~~ b"', "fix", "show", "submit"]
     rollout = await attempt(task, turns)  # type: ignore[misc]
     said = [turn.messages[-1].content for turn in rollout.trajectory.turns[1:]]
     assert said[0].startswith("fail: ")
     assert said[0] == task.prompt.split("\n")[-1]
     assert said[1:4] == [
         f"error: 1 def here{left}",
-        f"error: no nothere here{left}",
+        f"error: no ~~~~ here{left}",
         f'usage: fix "OLD NEW" [N]{left}',
     ]
     assert said[4].startswith("def ") or said[4].startswith("async def ")
     assert all(len(text) <= 120 for text in said[:4])
 
 
-async def test_a_try_without_a_number_goes_to_the_next_place(
-    root: Path, attempt: Attempter
-) -> None:
-    task = next(task for task in tasks(root, "train") if "async" not in task.prompt)
-    turns = ['fix "def wrong"', 'fix "def wrong"', 'fix "def wrong" 1', "submit"]
-    rollout = await attempt(task, turns)  # type: ignore[misc]
+async def test_the_same_try_goes_to_the_next_place(root: Path, attempt: Attempter) -> None:
+    task, word = next(
+        (task, word)
+        for task in tasks(root, "train")
+        for word in ("(", ")", ".", ",", ":", "return", "self")
+        if len(list(places(shown(task), word))) == 2
+    )
+    turns = [f'fix "{word} wrong" 2'] * 3
+    rollout = await attempt(task, [*turns, "cat /opt/swe/tried.json", "submit"])  # type: ignore[misc]
     said = [turn.messages[-1].content for turn in rollout.trajectory.turns[1:]]
-    assert said[1].startswith("error: 1 def here, tried\n")
-    assert said[0] == said[2]
+    assert not any(text.startswith("error") for text in said[:2])
+    assert said[2].startswith(f"error: 2 {word} here, tried\n")
+    assert json.loads(said[3]) == [[word, "wrong", 2], [word, "wrong", 1]]
+
+
+async def test_a_misspelt_word_is_the_one_most_like_it(root: Path, attempt: Attempter) -> None:
+    task = tasks(root, "train")[0]
+    words = {edit[0] for edit in read_spec(task)["edits"]}
+    word = max(words, key=len)
+    misspelt = f"{word[:-1]}{word[-1] * 2}"
+    turns = [f'fix "{misspelt} wrong"', "cat /opt/swe/tried.json", "submit"]
+    rollout = await attempt(task, turns)  # type: ignore[misc]
+    assert json.loads(rollout.trajectory.turns[2].messages[-1].content) == [[word, "wrong", 1]]
 
 
 async def test_a_word_is_left_until_all_its_edits_were_tried(
@@ -221,7 +248,7 @@ async def test_a_word_is_left_until_all_its_edits_were_tried(
 ) -> None:
     task = tasks(root, "train")[0]
     repair = demonstrations(task)[0].turns[-2]
-    known = json.loads((task.directory / "environment" / "task.json").read_text())
+    known = read_spec(task)
     listed = [Edit(*edit) for edit in known["edits"]]
     word = next(edit.old for edit in listed if not repair.startswith(f'fix "{edit.old}'))
     turns = [edit.command for edit in listed if edit.old == word]
@@ -233,7 +260,7 @@ async def test_a_word_is_left_until_all_its_edits_were_tried(
 async def test_the_right_function_is_nowhere_in_the_sandbox(root: Path) -> None:
     backend = Plugins.installed().make("sandbox", "local")
     task = tasks(root, "train")[0]
-    known = json.loads((task.directory / "environment" / "task.json").read_text())
+    known = read_spec(task)
     function = read(known["file"], "f", known["start"], "k", tuple(known["source"]))
     assert function
     repair = demonstrations(task)[0].turns[-2]

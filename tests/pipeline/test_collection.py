@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 from katcore.cli import app
 from katcore.errors import ConfigError
 from katcore.inference.bytes import write_byte_tokenizer
+from katcore.pipeline.archive import Archive
 from katcore.pipeline.collection import load_collection, open_folder
 from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Rollout
 from katcore.schema.sample import Sample
+from katcore.trajectory.segments import Segments
 
 SCRIPT = {"name": "scripted", "turns": ["echo hello > hello.txt", "submit"]}
 
@@ -141,3 +143,68 @@ def test_mlflow_gets_a_run_and_a_trace_of_each_rollout_once(
         assert spans[0].name in {"first", "second"}
         (assessment,) = trace.info.assessments
         assert (assessment.name, assessment.value) == ("reward", 1.0)
+
+
+def test_another_machine_goes_on_from_the_artifacts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = str(folder / "kept")
+    done = collect(written(folder, artifacts=artifacts, max_tasks=1))
+    assert done.exit_code == 0, done.output
+    first = folder / "home" / "collections" / "try"
+    monkeypatch.setenv("KATCORE_HOME", str(folder / "elsewhere"))
+    done = collect(written(folder, artifacts=artifacts, max_tasks=1))
+    assert done.exit_code == 0, done.output
+    assert f"1 rollouts were in {artifacts} already" in done.output.replace("\n", "")
+    second = folder / "elsewhere" / "collections" / "try"
+    for name in ("calls.jsonl", "rollouts.jsonl", "tree.jsonl", "chat.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    audit = CliRunner().invoke(app, ["audit", str(second)])
+    assert audit.exit_code == 0, audit.output
+
+
+def test_artifacts_of_another_config_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = str(folder / "kept")
+    assert collect(written(folder, artifacts=artifacts, max_tasks=1)).exit_code == 0
+    monkeypatch.setenv("KATCORE_HOME", str(folder / "elsewhere"))
+    done = collect(written(folder, artifacts=artifacts, attempts=2, max_tasks=1))
+    assert done.exit_code == 2
+    assert "made with another config (attempts)" in " ".join(done.output.split())
+
+
+def test_what_artifacts_do_not_take_is_made_up_for(folder: Path) -> None:
+    kept = folder / "kept"
+    kept.mkdir(mode=0o700)
+    path = written(folder, artifacts=str(kept), max_tasks=1)
+    (kept / "try").mkdir()
+    made = folder / "home" / "collections" / "try"
+    archive = Archive(open_folder("try", load_collection(path)), str(kept))
+    archive.restore()
+    (kept / "try" / "config.json").rename(kept / "config.json")
+    (kept / "try").rmdir()
+    (kept / "try").write_text("in the way")
+    done = collect(path)
+    assert done.exit_code == 2, done.output
+    (kept / "try").unlink()
+    done = collect(path)
+    assert done.exit_code == 0, done.output
+    (rollout,) = read_lines(Rollout, made / "rollouts.jsonl")
+    assert Segments(f"{kept}/try").names() == [rollout.id]
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "said"),
+    [
+        (
+            "nothing://bucket",
+            "artifacts: nothing://bucket/try cannot be used: Protocol not known: nothing",
+        ),
+        ("s3://bucket", "artifacts: s3://bucket/try cannot be used: Install s3fs"),
+    ],
+)
+def test_artifacts_that_cannot_be_are_said(folder: Path, artifacts: str, said: str) -> None:
+    done = collect(written(folder, artifacts=artifacts))
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())

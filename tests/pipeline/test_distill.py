@@ -1,5 +1,6 @@
 """The beginning off policy: what it learns from, and that a killed one goes on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from katcore.config import DistillSettings, ModelSettings, Preset
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
-from katcore.pipeline.distill import _Loop
+from katcore.pipeline.distill import Domain, _Loop, check_teacher
+from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.plan import StageSpec
 from katcore.pipeline.rollouts import RolloutFile
 from katcore.pipeline.stage import Job
@@ -32,6 +34,10 @@ class Progress:
     def __init__(self, stop_at: int | None) -> None:
         self._stop_at = stop_at
         self.kl: list[float] = []
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
     def step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         assert steps == STEPS + 1
@@ -70,10 +76,16 @@ def job(root: Path, rewards: list[float], *, stop_at: int | None = None) -> Job:
     return Job(spec, preset, 0, Plugins.installed(), inputs, root, root, progress)
 
 
+def domain(made: Job) -> Domain:
+    expert = made.plugins.experts()["terminal"]
+    late = made.input("terminal.rl") / "rollouts.jsonl"
+    return Domain(expert, [], made.input("terminal.rl") / "model", SETTINGS, late)
+
+
 def begin(made: Job) -> Trainer:
     start = made.input("unified.sft") / "model"
     trainer = Trainer(load_policy(start), Schedule(SETTINGS.lr, STEPS + 1))
-    loop = _Loop(made, trainer, ChatTokenizer(start))
+    loop = _Loop(made, trainer, ChatTokenizer(start), [domain(made)])
     assert loop.load() == []
     loop.learn_from_teachers()
     return trainer
@@ -100,3 +112,22 @@ def test_it_comes_closer_to_the_teacher_and_a_killed_one_ends_alike(tmp_path: Pa
 def test_a_teacher_without_a_rollout_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="left no scored rollout"):
         begin(job(tmp_path, []))
+
+
+def test_a_teacher_has_to_read_as_the_student_does(tmp_path: Path) -> None:
+    made = job(tmp_path, [1.0])
+    start, teacher = made.input("unified.sft") / "model", domain(made)
+    check_teacher(made, start, ChatTokenizer(start), teacher)
+    progress: Any = made.progress
+    (said,) = progress.warnings
+    assert "not known to come from one model" in said
+    (teacher.model.parent / "manifest.json").write_text(
+        json.dumps({"ancestors": sorted(ancestors(start))})
+    )
+    check_teacher(made, start, ChatTokenizer(start), teacher)
+    assert len(progress.warnings) == 1
+    settings = json.loads((teacher.model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    (teacher.model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(StageError, match=r"differs from the student .* in its chat template"):
+        check_teacher(made, start, ChatTokenizer(start), teacher)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from katcore.config import EvaluateSettings, Preset, RlSettings, SftSettings
+from katcore.config import DistillSettings, EvaluateSettings, Preset, RlSettings, SftSettings
 from katcore.errors import ConfigError, PluginError
 from katcore.pipeline import plan
 from katcore.pipeline.plan import build_plan
@@ -36,6 +36,20 @@ def test_inputs_come_before_what_reads_them(plugins: Plugins) -> None:
     for name, spec in made.stages.items():
         assert seen.issuperset(spec.inputs)
         seen.add(name)
+
+
+def test_with_the_best_teacher_experts_are_evaluated_on_all_domains_first(plugins: Plugins) -> None:
+    best = PRESET.model_copy(update={"distill": DistillSettings(teacher="best")})
+    made = build_plan(best, plugins, experts=["swe", "terminal"])
+    assert "terminal.synthesize" in made.stages["swe.evaluate"].inputs
+    assert {"swe.evaluate", "terminal.evaluate"} < set(made.stages["unified.distill"].inputs)
+    seen: set[str] = set()
+    for name, spec in made.stages.items():
+        assert seen.issuperset(spec.inputs)
+        seen.add(name)
+    usual = build_plan(PRESET, plugins, experts=["swe", "terminal"])
+    assert "terminal.synthesize" not in usual.stages["swe.evaluate"].inputs
+    assert "swe.evaluate" not in usual.stages["unified.distill"].inputs
 
 
 def test_a_setting_changes_its_stage_and_what_comes_after(plugins: Plugins) -> None:

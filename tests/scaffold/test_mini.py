@@ -1,7 +1,7 @@
 """The mini scaffold: one answer, one command; and what the model is shown of it."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,27 @@ async def test_what_is_taken_for_submit(proxy: Proxy, answer: str) -> None:
 
 
 async def test_limits_end_it_and_say_so(proxy: Proxy) -> None:
-    assert await run(proxy, FakeEngine(), FakeSandbox(), max_turns=3) == "turns"
+    assert await run(proxy, FakeEngine(), FakeSandbox(), max_turns=2) == "turns"
     assert await run(proxy, FakeEngine(), FakeSandbox(), Budget(max_calls=1)) == "budget"
     sandbox = FakeSandbox()
     assert await run(proxy, FakeEngine("put a", finish="length"), sandbox) == "length"
     assert not sandbox.commands, "half a command is not run"
+
+
+async def test_one_that_repeats_itself_is_stuck(proxy: Proxy) -> None:
+    engine = FakeEngine("get a", "get b", "get a", "get a", "get a", "submit")
+    assert await run(proxy, engine, FakeSandbox(), max_turns=9) == "stuck"
+    assert len(engine.requests) == 5
+
+
+async def test_the_same_command_with_another_output_is_no_repetition(proxy: Proxy) -> None:
+    class Counter(FakeSandbox):
+        async def exec(self, argv: Sequence[str], **options: Any) -> ExecResult:
+            await super().exec(argv, **options)
+            return ExecResult(0, str(len(self.commands)).encode(), b"")
+
+    engine = FakeEngine("get a", "get a", "get a", "submit")
+    assert await run(proxy, engine, Counter(), max_repeats=2) == "submitted"
 
 
 async def test_a_command_that_takes_too_long_is_shown_as_that(proxy: Proxy) -> None:

@@ -42,6 +42,25 @@ def test_a_wasted_turn_earns_less() -> None:
     assert found["b"][0] == pytest.approx([-mean / spread] * 2, rel=1e-4)
 
 
+def test_by_turn_a_group_that_passes_tells_quick_from_slow() -> None:
+    turns = {"a": (1, 1.0), "b": (3, 1.0), "c": (3, 1.0), "d": (4, 1.0)}
+    found = group_advantages(rollouts_of_turns(turns), discount=0.5, baseline="turn")
+    first = (1 + 0.25 + 0.25 + 0.125) / 4
+    second = (0.5 + 0.5 + 0.25) / 3
+    third = (1 + 1 + 0.5) / 3
+    every = (1 + 2 * (0.25 + 0.5 + 1) / 3 + (0.125 + 0.25 + 0.5 + 1) / 4) / 4
+    assert found["a"][0] == pytest.approx((1 - first,))
+    assert found["b"][0] == pytest.approx((0.25 - first, 0.5 - second, 1 - third))
+    assert found["d"][0] == pytest.approx((0.125 - first, 0.25 - second, 0.5 - third, 1 - every))
+    assert not group_advantages(rollouts_of_turns(turns), discount=0.5)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_by_turn_a_group_without_a_difference_is_left_out(reward: float) -> None:
+    turns = dict.fromkeys("abc", (3, reward))
+    assert not group_advantages(rollouts_of_turns(turns), discount=0.5, baseline="turn")
+
+
 def test_a_lost_sample_changes_no_other_groups_advantage() -> None:
     def group(task: str, rewards: tuple[float, ...]) -> list[Sample]:
         return [

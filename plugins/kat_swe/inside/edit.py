@@ -34,3 +34,19 @@ def replaced(line: str, start: int, end: int, new: str) -> str:
     """`line` with other text at one place; where `new` is empty, without the space that followed."""
     after = line[end:]
     return line[:start] + new + (after if new else after.removeprefix(" "))
+
+
+def meant(old: str, new: str) -> str:
+    """What `old` becomes: in `new`, `@` stands for it; `~` is its two sides of a comma, changed over."""
+    left, comma, right = old.partition(",")
+    if new == "~" and comma:
+        return f"{right}, {left}"
+    return new.replace("@", old)
+
+
+def shortened(old: str, new: str) -> str:
+    """The `new` that says the same without repeating `old`."""
+    if "," in old and meant(old, "~") == new:
+        return "~"
+    words = ["@" if word == old else word for word in new.split(" ")]
+    return " ".join(words)
