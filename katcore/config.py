@@ -75,6 +75,18 @@ class SftSettings(Settings):
     final_lr: float = 0.1
 
 
+class MclaSettings(Settings):
+    """Log-probabilities averaged over `passes` prefills of each finished rollout, in batches that differ.
+
+    `place` says whose: those of the engine, which then stand for the sampler's wherever these are used, or
+    those of the trainer. `mean` is taken of logs, as KAT-Coder-V2 prints it, or of probabilities.
+    """
+
+    passes: int = Field(default=8, ge=1)
+    place: Literal["engine", "trainer"] = "engine"
+    mean: Literal["logs", "probabilities"] = "logs"
+
+
 class RlSettings(Settings):
     """Group-relative policy optimisation on verifier rewards.
 
@@ -87,9 +99,10 @@ class RlSettings(Settings):
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
     `kl` holds the policy to the model it started as; `entropy` is a bonus; `imitation` weighs the likelihood
-    of its own answers in rollouts that passed. `old` says whose log-probabilities
-    the ratio starts from: the sampler's, or the trainer's own; then `correction` leaves out tokens on which
-    they differ by a factor outside `correction_range` (IcePop), or weighs by it, at most the upper bound.
+    of its own answers in rollouts that passed. `old` says whose log-probabilities the ratio starts from: the
+    sampler's, or the trainer's own. `correction` leaves out tokens on which the two differ by a factor
+    that is not in `correction_range` (IcePop), or weighs by it, at most the upper bound. With `mcla` (`{}`
+    for its defaults) one of the two is a mean over several passes.
     """
 
     steps: int = 24
@@ -114,13 +127,23 @@ class RlSettings(Settings):
     old: Literal["sampler", "trainer"] = "sampler"
     correction: Literal["none", "icepop", "truncate"] = "none"
     correction_range: tuple[float, float] = (0.5, 5.0)
+    mcla: MclaSettings | None = None
     temperature: float = 1.0
     checkpoint_every: int = 10
 
     @model_validator(mode="after")
     def _check_correction(self) -> "RlSettings":
-        if self.correction != "none" and self.old == "sampler":
-            raise ValueError("a correction compares the sampler with the trainer: set old: trainer")
+        if self.correction == "truncate" and self.old == "sampler":
+            raise ValueError(
+                "truncate weighs by trainer over sampler, and a ratio that starts from the sampler has that"
+                " in it already: set old: trainer"
+            )
+        is_trainer_asked = self.old == "trainer" or self.correction != "none"
+        if self.mcla and self.mcla.place == "trainer" and not is_trainer_asked:
+            raise ValueError(
+                "mcla averages the trainer's log-probabilities, and nothing uses them: set old: trainer, or"
+                " mcla.place: engine"
+            )
         return self
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from katcore.schema.call import EngineRequest, Generation, Message, Tool
+from katcore.schema.call import EngineRequest, Generation, Message, ScoreRequest, Tool
 from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.rollout import (
@@ -224,6 +224,23 @@ class SupportsTokens(Protocol):
 
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """The text of each id, by id."""
+
+
+@runtime_checkable
+class SupportsScore(Protocol):
+    """An engine that says how likely ids are that are there already."""
+
+    async def score(self, request: ScoreRequest) -> tuple[float, ...]:
+        """The log-probability of the id at each of `places`, computed anew each time that it is asked.
+
+        Requests that are open at once share batches, in the order in which they came: so whoever asks again
+        in another order gets other batch mates and other padding.
+
+        Raises:
+            EngineError: the engine failed.
+            EngineBusyError: it will take the request later.
+            RequestError: it cannot score as `sampling` draws, or the ids are too many.
+        """
 
 
 class Scaffold(Protocol):

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 import yaml
@@ -126,9 +126,10 @@ def offers() -> str:
 
 
 def _sections(top: type[BaseModel]) -> Iterator[str]:
-    for model in _models(top):
-        where = "Top level" if model is top else f"`{_key_of(top, model)}`"
-        yield f"## {where}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n"
+    for model, keys in _models(top).items():
+        where = "`, `".join(keys)
+        title = f"`{where}`" if where else "Top level"
+        yield f"## {title}\n\n{inspect.getdoc(model)}\n\n{_keys(model)}\n"
 
 
 def red_team() -> str:
@@ -193,15 +194,15 @@ def _option(option: Any) -> str:
     return f"| {names} | {default} | {getattr(option, 'help', None) or ''} |\n"
 
 
-def _models(top: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield top
-    kinds = dict.fromkeys(field.annotation for field in top.model_fields.values())
-    yield from (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-
-
-def _key_of(top: type[BaseModel], model: type[BaseModel]) -> str:
-    fields = top.model_fields.items()
-    return "`, `".join(name for name, field in fields if field.annotation is model)
+def _models(model: type[BaseModel], key: str = "") -> dict[type[BaseModel], list[str]]:
+    """A class of settings and all in it, and the keys that each is found under."""
+    found = {model: [key]}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                for inner, keys in _models(kind, f"{key}.{name}".lstrip(".")).items():
+                    found.setdefault(inner, []).extend(keys)
+    return found
 
 
 def _keys(model: type[BaseModel]) -> str:

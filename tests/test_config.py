@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from katcore.config import load_preset
+from katcore.config import MclaSettings, load_preset
 from katcore.errors import ConfigError
 
 
@@ -44,3 +44,36 @@ def test_experts_have_shares_of_the_distillation(tmp_path: Path) -> None:
 def test_what_fits_no_section_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_preset(str(preset(tmp_path, text)))
+
+
+def test_mcla_has_defaults(tmp_path: Path) -> None:
+    found = load_preset(str(preset(tmp_path, "{swe: {rl: {mcla: {}}}}")))
+    assert found.rl.mcla is None
+    assert found.for_expert("swe").rl.mcla == MclaSettings(passes=8, place="engine", mean="logs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{mcla: {passes: 0}}", "greater than or equal to 1"),
+        ("{mcla: {place: trainer}}", "nothing uses them: set old: trainer"),
+        ("{correction: truncate}", "in it already: set old: trainer"),
+        ("{mcla: {}, correction: truncate}", "in it already: set old: trainer"),
+    ],
+)
+def test_what_would_mean_nothing_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_preset(str(preset(tmp_path, f"{{swe: {{rl: {text}}}}}")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{correction: icepop}",
+        "{mcla: {}, correction: icepop}",
+        "{mcla: {}, correction: truncate, old: trainer}",
+        "{mcla: {place: trainer}, correction: icepop}",
+    ],
+)
+def test_averaging_composes_with_corrections(tmp_path: Path, text: str) -> None:
+    load_preset(str(preset(tmp_path, f"{{swe: {{rl: {text}}}}}")))

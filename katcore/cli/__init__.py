@@ -12,6 +12,7 @@ from rich.table import Table
 from katcore.cli import capture, images, sandbox, training
 from katcore.cli.bench import bench
 from katcore.cli.common import err, errors_said, out, say
+from katcore.cli.study import study
 from katcore.config import Preset, load_preset, preset_names
 from katcore.plugin import Plugins
 
@@ -126,6 +127,7 @@ app.add_typer(capture.scaffolds, name="scaffolds")
 app.add_typer(sandbox.sandbox, name="sandbox")
 app.add_typer(images.images, name="images")
 app.add_typer(bench, name="bench")
+app.add_typer(study, name="study")
 app.command()(capture.proxy)
 app.command("format")(capture.formatted)
 app.command("import")(capture.imported)

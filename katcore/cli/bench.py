@@ -63,14 +63,14 @@ def proxy(  # noqa: PLR0913 - a command has as many options as it has
     with errors_said():
         program = None if no_litellm else _litellm(litellm)
         settings = measured.Settings(
-            streams=_numbers("--streams", streams),
+            streams=numbers(streams, "--streams"),
             requests=requests,
             rounds=rounds,
             delay_ms=delay_ms,
             is_streamed=not whole,
             litellm=program,
         )
-        with _bar(settings.num_runs) as step:
+        with bar(settings.num_runs) as step:
             report = asyncio.run(measured.run(settings, home() / "bench", say, step))
         if as_json:
             typer.echo(json.dumps(report.as_json()))
@@ -91,7 +91,7 @@ def trajectories(
 
     with errors_said():
         settings = measured.Settings(calls, turns, rounds)
-        with _bar(settings.num_parts) as step:
+        with bar(settings.num_parts) as step:
             report = asyncio.run(measured.run(settings, home() / "bench", step))
         if as_json:
             typer.echo(json.dumps(report.as_json()))
@@ -117,11 +117,11 @@ def sandbox(
         settings = measured.Settings(
             tuple(filter(None, backends.split(","))),
             dockerfile.read_text() if dockerfile else measured.DOCKERFILE,
-            _numbers("--concurrency", concurrency),
+            numbers(concurrency, "--concurrency"),
             starts,
             hold,
         )
-        with _bar(settings.num_parts) as step:
+        with bar(settings.num_parts) as step:
             installed = Plugins.installed()
             report = asyncio.run(measured.run(settings, home() / "bench", installed, step))
         if as_json:
@@ -160,18 +160,21 @@ def _litellm(given: Path | None) -> Path:
     return find(given) if given else ensure(home() / "bench", say)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(text: str, option: str, *, least: int = 1) -> tuple[int, ...]:
+    """What an option lists. Raises ConfigError."""
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{option} {text!r}: numbers from 1 on are needed, joined by commas")
-    return numbers
+        found = ()
+    if not found or min(found) < least:
+        raise ConfigError(
+            f"{option} {text!r}: numbers from {least} on are needed, joined by commas"
+        )
+    return found
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[str], None]]:
+def bar(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on standard error that says which part is at work; each part told moves it on."""
     columns = (
         TextColumn("{task.description}"),

@@ -22,7 +22,15 @@ from transformers import AutoModelForCausalLM
 from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.cache import Slot, SlotCache
 from katcore.inference.chat import ChatTokenizer
-from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
+from katcore.inference.prefill import Prefills
+from katcore.schema.call import (
+    EngineRequest,
+    Generation,
+    Message,
+    Sampling,
+    ScoreRequest,
+    Tool,
+)
 from katcore.trajectory.prefix import num_common
 
 _MAX_MASK = 1 << 26
@@ -70,6 +78,7 @@ class EmbeddedEngine:
         self._loop: asyncio.Task[None] | None = None
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "sampler", torch.set_num_threads, (threads,))
+        self._prefills = Prefills(model, self._worker, max_rows=num_slots, context=context)
 
     def weights_changed(self, version: str) -> None:
         """Forget all keys and values, and sign what follows with `version`."""
@@ -86,6 +95,10 @@ class EmbeddedEngine:
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """See `SupportsTokens.token_texts`."""
         return self._chat.token_texts(ids)
+
+    async def score(self, request: ScoreRequest) -> tuple[float, ...]:
+        """See `SupportsScore.score`."""
+        return await self._prefills.score(request)
 
     async def generate(self, request: EngineRequest) -> Generation:
         """See `Engine.generate`."""

@@ -18,7 +18,14 @@ from katcore.errors import ContextOverflowError, EngineError, EngineGoneError, R
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.vllm_http import Address, VllmClient
 from katcore.inference.vllm_probe import NEUTRAL, Served, probe
-from katcore.schema.call import EngineRequest, Generation, Message, Sampling, Tool
+from katcore.schema.call import (
+    EngineRequest,
+    Generation,
+    Message,
+    Sampling,
+    ScoreRequest,
+    Tool,
+)
 
 _COLDEST = 0.01
 """vLLM takes any temperature between 0 and this one for this one."""
@@ -123,6 +130,35 @@ class VllmEngine:
             with self._noticing():
                 answer = await client.call("/v1/completions", body)
         return self._generation(request, answer, version)
+
+    async def score(self, request: ScoreRequest) -> tuple[float, ...]:
+        """See `SupportsScore.score`. The server reads no cache for it.
+
+        vLLM's log-probabilities of prompts are the model's own, whatever the temperature.
+        """
+        sampling = request.sampling
+        if sampling != Sampling(1.0, sampling.max_tokens, sampling.seed):
+            raise RequestError(
+                f"vLLM scores at temperature 1 without cuts and penalties only, asked for {sampling};"
+                " sample so, or average the trainer's log-probabilities (mcla.place: trainer)"
+            )
+        async with self._turn():
+            client, served = await self._ready()
+            if len(request.ids) >= served.context:
+                raise ContextOverflowError(
+                    f"{len(request.ids)} ids > {served.context - 1} maximum: a server that scores has to draw"
+                    " one more"
+                )
+            body = {
+                "model": served.name,
+                "prompt": list(request.ids),
+                "max_tokens": 1,
+                "prompt_logprobs": 0,
+                **_drawn(sampling),
+            }
+            with self._noticing():
+                answer = await client.call("/v1/completions", body)
+        return _scored(answer, request)
 
     async def load_weights(self, folder: Path, version: str) -> None:
         """Put the weights of a model folder into the running server, and sign what follows with `version`.
@@ -242,6 +278,19 @@ def _drawn(sampling: Sampling) -> dict[str, Any]:
         "frequency_penalty": sampling.frequency_penalty,
         "seed": sampling.seed,
     }
+
+
+def _scored(answer: Any, request: ScoreRequest) -> tuple[float, ...]:
+    try:
+        (choice,) = answer["choices"]
+        shown = choice["prompt_logprobs"]
+        if len(shown) != len(request.ids):
+            raise EngineError(f"the server scored {len(shown)} ids of {len(request.ids)}")
+        return tuple(
+            float(shown[place][str(request.ids[place])]["logprob"]) for place in request.places
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"vLLM gave no log-probabilities: {str(answer)[:300]}") from error
 
 
 def _checked(

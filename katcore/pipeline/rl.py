@@ -1,21 +1,20 @@
 """Stage `rl`: group-relative policy optimisation of an expert on fresh rollouts of its own tasks.
 
 A step's rollouts are made with the weights that the step then changes, in `epochs` passes of `minibatches`
-updates each; log-probabilities of the behaviour policy are the sampler's.
+updates each (`learner`).
 """
 
 import asyncio
-import copy
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from katcore.config import RlSettings
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.frontier import Frontier
+from katcore.pipeline.learner import Learner
 from katcore.pipeline.rollouts import (
     StepRollouts,
     engine_settings,
@@ -31,9 +30,7 @@ from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.policy import limit_threads, load_policy, save_policy
-from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
 from katcore.train.trainer import Schedule, Trainer
 
 
@@ -73,21 +70,9 @@ class _Loop:
         self._settings = job.preset.rl
         self._expert = expert
         self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
-        settings = self._settings
-        self._shape = Clipped(
-            settings.level,
-            settings.mean,
-            settings.clip_low,
-            settings.clip_high,
-            settings.temperature,
-            kl=settings.kl,
-            entropy=settings.entropy,
-            imitation=settings.imitation,
-            correction=_correction(settings),
+        self._learner = Learner(
+            trainer, self._settings, self._engine, seed=job.seed, at_once=job.preset.concurrency
         )
-        self._reference = None
-        if settings.kl:
-            self._reference = Reference(copy.deepcopy(trainer.model), settings.temperature)
 
     async def run(self, tasks: Sequence[Task]) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
@@ -110,7 +95,7 @@ class _Loop:
                 made = await steps.make(rollouts, attempts, parts, step)
                 metrics = facts_of(made, time.perf_counter() - started_s)
                 frontier.learn(made)
-                metrics |= self._learn(made) | {"pass_rate": frontier.pass_rate}
+                metrics |= await self._learn(made) | {"pass_rate": frontier.pass_rate}
                 rewards.append(metrics["reward"])
                 job.progress.step(step, settings.steps, metrics)
                 if (step + 1) % settings.checkpoint_every == 0:
@@ -118,35 +103,10 @@ class _Loop:
         steps.close()
         return rewards
 
-    def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
-        settings = self._settings
+    async def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
         samples = samples_of(self._job, self._expert, rollouts)
-        advantages = group_advantages(
-            samples, discount=settings.discount, baseline=settings.baseline
-        )
-        advantages = penalised(advantages, samples, settings.failed_penalty)
-        if settings.imitation:
-            for sample in samples:
-                if sample.reward == 1.0:
-                    advantages.setdefault(sample.rollout_id, no_advantage(sample))
-        useful = [sample for sample in samples if sample.rollout_id in advantages]
-        old = None
-        if settings.old == "trainer":
-            old = self._trainer.logprobs(useful, settings.temperature)
-        objective = PolicyGradient(advantages, self._shape, old=old, reference=self._reference)
-        metrics: dict[str, float] = {}
-        for number in range(settings.epochs * settings.minibatches):
-            part = useful[number % settings.minibatches :: settings.minibatches]
-            if part:
-                metrics = self._trainer.update(part, objective)
-        return (
-            metrics
-            | objective.rates()
-            | {
-                "num_useful": float(len(useful)),
-                "failed": sum(len(sample.failed) for sample in samples) / max(1, len(samples)),
-            }
-        )
+        failed = sum(len(sample.failed) for sample in samples) / max(1, len(samples))
+        return await self._learner.learn(samples) | {"failed": failed}
 
 
 def tasks_to_attempt(job: Job, expert: Expert) -> list[Task]:
@@ -164,9 +124,3 @@ def tasks_to_attempt(job: Job, expert: Expert) -> list[Task]:
             " (synthesis), or set rl.tasks: all"
         )
     return unseen
-
-
-def _correction(settings: RlSettings) -> Correction | None:
-    if settings.correction == "none":
-        return None
-    return Correction(settings.correction, *settings.correction_range)

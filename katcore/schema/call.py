@@ -70,6 +70,18 @@ class EngineRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Ids, and the places of those whose log-probabilities are asked for: ascending, from 1 on.
+
+    They are asked for as if each had been drawn by `sampling` after those before it.
+    """
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """What an engine sampled: ids (the end-of-turn token included) and one log-probability each.
 

@@ -13,6 +13,7 @@ sum of its branches, written-out loops, TRL's own GRPO and GSPO losses, finite d
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ PerToken = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What is done about a sampler that is not quite the policy it samples for, k = pi_old / pi_sampler.
+    """What is done about a sampler that is not quite the policy it samples for, k = pi_trainer / pi_sampler.
 
     `icepop` leaves out tokens whose k is not in [low, high] (also out of the product of their turn); with
     `truncate` a unit is weighed by its k, at most `high` (truncated importance sampling).
@@ -65,8 +66,9 @@ class PolicyGradient:
     """The surrogate as an objective; counts what it clips until it is asked.
 
     `advantages` are by rollout id. `old` are the old policy's log-probabilities where they are not the
-    sampler's own (recomputed, or the mean of several prefills). `reference(batch, samples)` gives the
-    reference policy's, (N,).
+    sampler's own (recomputed, or the mean of several prefills). `apart` is the log k that a correction goes
+    by; `old` less the sampler's where it is not given. `reference(batch, samples)` gives the reference
+    policy's log-probabilities, (N,).
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class PolicyGradient:
         shape: Clipped = Clipped(),
         *,
         old: PerToken | None = None,
+        apart: PerToken | None = None,
         reference: Callable[[TreeBatch, Sequence[Sample]], Tensor] | None = None,
     ) -> None:
         if shape.kl and reference is None:
@@ -82,6 +85,7 @@ class PolicyGradient:
         self._advantages = advantages
         self._shape = shape
         self._old = old
+        self._apart = apart
         self._reference = reference
         self._made: dict[tuple[str, Weighting], Units] = {}
         self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
@@ -94,17 +98,15 @@ class PolicyGradient:
         trees = [self._units(sample, batch.weighting) for sample in samples]
         joined = _Joined(trees, is_mean=shape.level != "turn")
         logprob_N = token_logprobs(logits_NV, batch.targets_N, shape.temperature)
-        old_N = batch.old_N
-        if self._old is not None:
-            values = [value for sample in samples for value in self._old[sample.rollout_id]]
-            old_N = torch.tensor(values, dtype=batch.old_N.dtype)
-        weight_U, keep_N = self._corrected(old_N - batch.old_N, joined)
+        old_N = batch.old_N if self._old is None else _in_order(self._old, samples)
+        apart_N = old_N - batch.old_N if self._apart is None else _in_order(self._apart, samples)
+        weight_U, keep_N = self._corrected(apart_N, joined)
         ratio_U = joined.ratios(logprob_N - old_N, keep_N)
         gain_U = joined.plus_U * ratio_U.clamp(max=1 + shape.clip_high)
         gain_U = gain_U + joined.minus_U * ratio_U.clamp(min=1 - shape.clip_low)
         self._count(joined, ratio_U.detach(), keep_N)
-        apart_N = (logprob_N - old_N).detach()
-        self._kl += float((apart_N.exp() - apart_N - 1).sum())
+        moved_N = (logprob_N - old_N).detach()
+        self._kl += float((moved_N.exp() - moved_N - 1).sum())
         loss = -(weight_U * gain_U).sum()
         if shape.kl or shape.entropy or shape.imitation:
             loss = loss + self._per_token(logits_NV, logprob_N, batch, samples, trees)
@@ -128,6 +130,18 @@ class PolicyGradient:
         self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0
         return found
 
+    def outside(self, draws: Sequence[PerToken], samples: Sequence[Sample]) -> float:
+        """The share of units that log-ratios put outside of the clip range, the mean over several draws."""
+        trees = [self._units(sample, "path") for sample in samples]
+        joined = _Joined(trees, is_mean=self._shape.level != "turn")
+        low, high = 1 - self._shape.clip_low, 1 + self._shape.clip_high
+        shares = []
+        for draw in draws:
+            apart_N = _in_order(draw, samples)
+            ratio_U = joined.ratios(apart_N, torch.ones_like(apart_N, dtype=torch.bool))
+            shares.append(float(((ratio_U < low) | (ratio_U > high)).double().mean()))
+        return fmean(shares)
+
     def _units(self, sample: Sample, weighting: Weighting) -> Units:
         """Those of a rollout, made once: a step goes over its rollouts several times."""
         key = (sample.rollout_id, weighting)
@@ -139,7 +153,7 @@ class PolicyGradient:
         return self._made[key]
 
     def _corrected(self, apart_N: Tensor, joined: "_Joined") -> tuple[Tensor, Tensor]:
-        """The weight of each unit, and which tokens stay. `apart_N` is log pi_old / pi_sampler."""
+        """The weight of each unit, and which tokens stay. `apart_N` is log k."""
         one_U, all_N = torch.ones_like(joined.plus_U), torch.ones_like(apart_N, dtype=torch.bool)
         correction = self._shape.correction
         if correction is None:
@@ -230,6 +244,11 @@ def _is_good(batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
     return _float64(
         samples[row].reward == 1.0 and turn not in samples[row].failed for row, turn in pairs
     )
+
+
+def _in_order(values: PerToken, samples: Sequence[Sample]) -> Tensor:
+    """Those of the samples' tokens, one after the other, (N,)."""
+    return _float64(value for sample in samples for value in values[sample.rollout_id])
 
 
 def _float64(values: Iterable[float]) -> Tensor:

@@ -22,6 +22,7 @@ _KNOWN = {
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_token_ids", "ignore_eos",
     "return_token_ids", "return_tokens_as_token_ids", "add_special_tokens",
+    "prompt_logprobs",
 }  # fmt: skip
 _DEFAULTS = {
     "temperature": 1.0,
@@ -174,11 +175,16 @@ class FakeVllm:
         while len(ids) < wanted and not (ids and ids[-1] in ends):
             await asyncio.sleep(self.delay_s)
             logprobs, token = self._draw(prompt, ids, body, random)
-            tops = [token, *logprobs.topk(body["logprobs"]).indices.tolist()]
+            tops = [token, *logprobs.topk(body.get("logprobs") or 0).indices.tolist()]
             shown.append({self._name(n, body): max(float(logprobs[n]), -9999.0) for n in tops})
             ids.append(token)
         is_end = ids[-1] in ends
-        return {
+        scored = (
+            {} if body.get("prompt_logprobs") is None else {"prompt_logprobs": self._scored(prompt)}
+        )
+        if body.get("logprobs") is None:
+            return {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"} | scored
+        return scored | {
             "index": 0,
             "text": self.tokenizer.decode(ids, skip_special_tokens=True),
             "logprobs": {
@@ -192,6 +198,16 @@ class FakeVllm:
             "token_ids": ids if body.get("return_token_ids") else None,
             "prompt_token_ids": prompt if body.get("return_token_ids") else None,
         }
+
+    def _scored(self, prompt: list[int]) -> list[dict[str, Any] | None]:
+        """As vLLM: of the model's own distribution, whatever the temperature; nothing of the first id."""
+        with torch.inference_mode():
+            logprobs = self.model(torch.tensor([prompt])).logits[0, :-1].log_softmax(1)
+        rows = zip(logprobs, prompt[1:], strict=True)
+        return [
+            None,
+            *({str(token): {"logprob": float(row[token]), "rank": 1}} for row, token in rows),
+        ]
 
     def _name(self, token: int, body: dict[str, Any]) -> str:
         if body.get("return_tokens_as_token_ids"):

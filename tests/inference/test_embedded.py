@@ -11,7 +11,8 @@ import torch
 
 from katcore.errors import ContextOverflowError, EngineError, RequestError
 from katcore.inference.embedded import EmbeddedEngine, open_engine
-from katcore.schema.call import Generation, Sampling
+from katcore.protocols import SupportsScore
+from katcore.schema.call import Generation, Sampling, ScoreRequest
 from katcore.train.policy import load_policy, logits_at
 from tests.inference.tiny import CONTEXT, request
 
@@ -282,3 +283,80 @@ async def test_a_long_prompt_goes_in_parts_to_the_same_answers(
         assert [item.ids for item in found] == [item.ids for item in expected]
         for item, other in zip(found, expected, strict=True):
             assert item.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+async def test_scores_are_those_of_the_training_pass(
+    engine: EmbeddedEngine, model_folder: Path, temperature: float
+) -> None:
+    async def check(prompt: tuple[int, ...], answer: tuple[int, ...]) -> None:
+        ids, places = prompt + answer, range(len(prompt), len(prompt) + len(answer))
+        found = await engine.score(ScoreRequest(ids, tuple(places), Sampling(temperature)))
+        wanted = training_logprobs(model_folder, prompt, answer, temperature)
+        torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-5, atol=2e-5)
+        (last,) = await engine.score(ScoreRequest(ids, (len(ids) - 1,), Sampling(temperature)))
+        assert last == pytest.approx(found[-1], abs=2e-5)
+
+    assert isinstance(engine, SupportsScore)
+    await asyncio.gather(*map(check, prompts(9), prompts(9, seed=4)))
+
+
+async def test_an_answer_s_scores_are_its_logprobs(engine: EmbeddedEngine) -> None:
+    """Also while others are being answered."""
+    asked = [request(f"s{n}", ids, temperature=0.8) for n, ids in enumerate(prompts(6))]
+    made = await asyncio.gather(*map(engine.generate, asked))
+
+    async def check(number: int) -> None:
+        prompt, answer = asked[number].prompt_ids, made[number]
+        places = tuple(range(len(prompt), len(prompt) + len(answer.ids)))
+        found = await engine.score(ScoreRequest(prompt + answer.ids, places, Sampling(0.8)))
+        assert found == pytest.approx(answer.logprobs, abs=2e-5)
+
+    busy = [engine.generate(request(f"t{n}", ids)) for n, ids in enumerate(prompts(3))]
+    await asyncio.gather(*map(check, range(6)), *busy)
+
+
+async def test_scores_share_batches_in_the_order_in_which_they_came(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    forward = engine._model.model.forward
+
+    def watched(**given: torch.Tensor) -> object:
+        seen.append(given["input_ids"][:, 0].tolist())
+        return forward(**given)
+
+    monkeypatch.setattr(engine._model.model, "forward", watched)
+    wanted = [ScoreRequest((n, 7, 8), (2,), Sampling()) for n in range(10, 20)]
+    await asyncio.gather(*map(engine.score, wanted))
+    assert seen == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
+    monkeypatch.setattr("katcore.inference.prefill._MAX_TOKENS", 6)
+    await asyncio.gather(*map(engine.score, wanted[:3]))
+    assert seen[3:] == [[10, 11], [12]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (ScoreRequest((9,) * (CONTEXT + 1), (1,), Sampling()), f"{CONTEXT + 1} ids > {CONTEXT}"),
+        (ScoreRequest((9, 9), (0,), Sampling()), "not in 1 .. 1"),
+        (ScoreRequest((9, 9), (2,), Sampling()), "not in 1 .. 1"),
+        (ScoreRequest((9, 9), (), Sampling()), "not in 1 .. 1"),
+        (ScoreRequest((9, 9), (1,), Sampling(top_k=3)), "without cuts and penalties"),
+    ],
+)
+async def test_what_cannot_be_scored_is_refused(
+    engine: EmbeddedEngine, asked: ScoreRequest, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        await engine.score(asked)
+
+
+async def test_a_failure_is_told_to_all_who_want_scores(engine: EmbeddedEngine) -> None:
+    model = engine._prefills._model
+    engine._prefills._model = None
+    wanted = [ScoreRequest((9, 8, n), (2,), Sampling()) for n in range(9)]
+    results = await asyncio.gather(*map(engine.score, wanted), return_exceptions=True)
+    assert [type(item) for item in results] == [EngineError] * 9
+    engine._prefills._model = model
+    assert await engine.score(wanted[0])

@@ -25,8 +25,8 @@ from katcore.inference.embedded import open_engine
 from katcore.inference.vllm import Elsewhere, VllmEngine
 from katcore.inference.vllm_http import Address
 from katcore.plugin import Plugins
-from katcore.protocols import SupportsClose, SupportsOpen, SupportsTokens
-from katcore.schema.call import Message, Sampling
+from katcore.protocols import SupportsClose, SupportsOpen, SupportsScore, SupportsTokens
+from katcore.schema.call import Message, Sampling, ScoreRequest
 from katcore.train.policy import load_policy
 from tests.inference.fake_vllm import FakeVllm, problem
 from tests.inference.tiny import CONTEXT, request, write_tiny_model
@@ -472,3 +472,37 @@ def test_without_vllm_it_says_where_to_get_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'katcore\[serve\]'"):
         Plugins.installed().make("engine", "vllm", {"model": model_folder})
+
+
+async def test_scores_are_the_model_s_log_probabilities(
+    engine: VllmEngine, model_folder: Path
+) -> None:
+    assert isinstance(engine, SupportsScore)
+    prompt, answer = prompts(2)
+    ids, places = prompt + answer, tuple(range(len(prompt), len(prompt) + len(answer)))
+    found = await engine.score(ScoreRequest(ids, places, Sampling()))
+    assert found == pytest.approx(logprobs_of(model_folder, prompt, answer, 1.0), abs=1e-4)
+    assert await engine.score(ScoreRequest(ids, places[-1:], Sampling())) == found[-1:]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(top_p=0.9), Sampling(0.0)])
+async def test_scores_at_another_temperature_are_refused(
+    engine: VllmEngine, sampling: Sampling
+) -> None:
+    with pytest.raises(RequestError, match=r"temperature 1 without cuts.*place: trainer"):
+        await engine.score(ScoreRequest((9, 8), (1,), sampling))
+
+
+async def test_what_fills_the_context_is_not_scored(engine: VllmEngine) -> None:
+    with pytest.raises(ContextOverflowError, match=f"{CONTEXT} ids > {CONTEXT - 1} maximum"):
+        await engine.score(ScoreRequest((9,) * CONTEXT, (1,), Sampling()))
+    assert await engine.score(ScoreRequest((9,) * (CONTEXT - 1), (1,), Sampling()))
+
+
+@pytest.mark.parametrize("shown", [None, [None], [None, {"7": {"logprob": -1.0}}]])
+async def test_scores_of_other_ids_are_refused(
+    engine: VllmEngine, fake: FakeVllm, shown: object
+) -> None:
+    fake.spoil = lambda answer: answer["choices"][0].update(prompt_logprobs=shown)
+    with pytest.raises(EngineError, match=r"no log-probabilities|scored 1 ids of 2"):
+        await engine.score(ScoreRequest((9, 8), (1,), Sampling()))

@@ -24,7 +24,7 @@ from katcore.inference.vllm import VllmEngine
 from katcore.inference.vllm_server import Start, VllmServer, find_python
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import SessionSpec
-from katcore.schema.call import EngineRequest, Message, Sampling, Tool, ToolCall
+from katcore.schema.call import EngineRequest, Message, Sampling, ScoreRequest, Tool, ToolCall
 
 pytestmark = [
     pytest.mark.vllm,
@@ -153,6 +153,19 @@ async def test_log_probabilities_are_those_of_transformers(
         if not temperature:
             best = logits_of(folders[0], ids, item.ids).argmax(1).tolist()
             assert list(item.ids) == best
+
+
+async def test_scores_are_the_log_probabilities_of_transformers(
+    engine: VllmEngine, folders: tuple[Path, Path]
+) -> None:
+    """Also when the server has seen the same ids before."""
+    ids = engine.encode([Message("user", "one")])
+    made = await engine.generate(asked(ids))
+    places = tuple(range(len(ids), len(ids) + len(made.ids)))
+    wanted = logprobs_of(folders[0], ids, made.ids, 1.0)
+    for _ in range(2):
+        found = await engine.score(ScoreRequest(ids + made.ids, places, Sampling()))
+        assert found == pytest.approx(wanted, abs=2e-3)
 
 
 async def test_greedy_among_others_carries_the_same(engine: VllmEngine) -> None:

@@ -1,0 +1,1 @@
+"""Studies: what a method does, measured where the answer is known."""

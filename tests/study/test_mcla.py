@@ -1,0 +1,121 @@
+"""The study measures what it says, and all of it runs."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from katcore.cli import app
+from katcore.errors import ConfigError
+from katcore.study.mcla import Report, Settings, run
+from katcore.study.noise import drawn_with, injected, measured
+from katcore.study.plot import lines
+from katcore.study.race import Entry, Run, Shape
+from katcore.study.show import pictures
+from katcore.study.sorting import sorting
+from katcore.train.surrogate import Clipped, PolicyGradient
+from tests.train.trees import line
+
+TINY = Settings(
+    seeds=(0,),
+    base_steps=2,
+    base_batch=4,
+    samples=4,
+    ways=("one pass", "mean of 8 + IcePop"),
+    shape=Shape(steps=2, prompts=2, group=2, epochs=1, minibatches=1),
+)
+
+
+def test_sorting_is_verified_by_its_rule() -> None:
+    task = sorting(6)
+    (prompt,) = task.prompts(1, random.Random(0))
+    text = "".join(task.chat.token_texts([token])[token] for token in prompt)
+    answer = task.answer(prompt)
+    said = "".join(task.chat.token_texts([token])[token] for token in answer[:-1])
+    assert (len(prompt), text[-1], said) == (7, ">", "".join(sorted(text[:-1])))
+    assert answer[-1] == task.chat.end_id
+    shown = task.demonstration(prompt)
+    assert shown.tokens == prompt + answer
+    assert shown.trained == (False,) * 7 + (True,) * 7
+
+
+@pytest.mark.parametrize(("sigma", "rho"), [(0.1, 0.0), (0.1, 0.6)])
+def test_injected_noise_is_found_again(sigma: float, rho: float) -> None:
+    num = 300
+    samples = [
+        line([1] * 21, [False, *[True] * 20], rollout_id=f"r{n}", logprobs=(0.0, *[-1.0] * 20))
+        for n in range(num)
+    ]
+    truth = {one.rollout_id: [-1.0] * 20 for one in samples}
+    objective = PolicyGradient({one.rollout_id: ((1.0,),) for one in samples}, Clipped("turn"))
+    noisy = drawn_with(samples, sigma, 4)
+    found = measured("n", noisy, injected(truth, sigma, rho, 3), truth, objective)
+    # Of 6000 tokens and 16 passes; a common part has 6000 draws alone.
+    assert found.variance == pytest.approx((1 - rho) * sigma**2, rel=0.02)
+    assert found.common == pytest.approx(rho, abs=0.03)
+    assert found.common_estimated == pytest.approx(rho, abs=0.1)
+    assert found.sampled_bias == pytest.approx(0.0, abs=4 * sigma / 6000**0.5)
+    for row in found.rows:
+        wanted = sigma**2 * (rho + (1 - rho) / row.passes)
+        assert row.mean_square == pytest.approx(wanted, rel=0.08)
+        assert row.theory == pytest.approx(wanted, rel=0.08)
+    rates = [row.clipped for row in found.rows]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(0.60, abs=0.05)
+
+
+def report(one: float, mean: float) -> Report:
+    rewards = {
+        ("float32", "one pass"): 0.8,
+        ("noisy", "one pass"): one,
+        ("noisy", "mean of 8"): mean,
+    }
+    runs = [
+        Run(Entry(source, way, seed), [0.3, value], value, [{"clip_rate": 0.1}])
+        for (source, way), value in rewards.items()
+        for seed in (0, 1)
+    ]
+    return Report(TINY, 0.3, [], runs)
+
+
+def test_the_verdict_is_what_was_asked_beforehand() -> None:
+    assert "nothing to keep" in report(0.78, 0.8).verdict("noisy")
+    assert report(0.5, 0.7).verdict("noisy") == "kept"
+    assert report(0.5, 0.4).verdict("noisy") == "not kept in every seed"
+    assert report(0.5, 0.4).verdict("absent") == "not run"
+    assert next(iter(report(0.5, 0.4).rows()))[3] == "0.800"
+
+
+async def test_a_way_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no way named 'luck'; choose from: one pass"):
+        await run(Settings(ways=("luck",)), lambda _: None)
+
+
+def test_lines_are_drawn_where_they_can_be() -> None:
+    made = lines("t", {"a": [(1, 0.1), (10, 0.0)], "theory": [(1, 0.1), (10, 0.01)]}, is_log=True)
+    assert made.count("<polyline") == 2
+    assert made.count("stroke-dasharray") == 2
+    assert 'points="60.0,14.0"' in made
+    assert lines("t", {"a": [(1, 0.0)]}, is_log=True) == ""
+    assert "<script>" not in lines("<script>", {"<script>": [(0, 1), (1, 2)]})
+
+
+async def test_the_whole_study_runs() -> None:
+    told: list[str] = []
+    found = await run(TINY, told.append)
+    assert len(told) == TINY.num_steps
+    assert [item.name for item in found.noises][:2] == ["float32", "bfloat16"]
+    assert found.noises[0].gap < 1e-5 < found.noises[1].gap
+    assert len(found.runs) == 1 + 2 * 2
+    assert all(len(item.rewards) == 2 for item in found.runs)
+    assert json.loads(json.dumps(found.as_json()))["runs"][0]["entry"]["way"] == "one pass"
+    assert pictures(found).count("<svg") >= 3
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    given = ["study", "mcla", "--to", str(tmp_path), "--seeds", "x"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "--seeds 'x': numbers from 0 on" in result.stderr
