@@ -34,7 +34,7 @@ from katcore.train.distill import Teachers
 from katcore.train.objective import ReverseKl
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.sft import draw
-from katcore.train.trainer import Schedule, Trainer
+from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
 def run(job: Job) -> dict[str, float]:
@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, float]:
     model = load_policy(start)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
-    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
+    trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, ChatTokenizer(start))
     history = loop.load()
     loop.learn_from_teachers()

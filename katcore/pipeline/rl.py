@@ -30,7 +30,7 @@ from katcore.schema.task import Task
 from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.surrogate import Clipped, Correction, PolicyGradient, Reference
-from katcore.train.trainer import Schedule, Trainer
+from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
 def run(job: Job) -> dict[str, float]:
@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, float]:
         settings.warmup,
         final_lr=settings.final_lr,
     )
-    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
+    trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, ChatTokenizer(start))
     rewards = asyncio.run(loop.run())
     save_policy(model, job.out / "model", tokenizer=start)
