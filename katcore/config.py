@@ -237,7 +237,10 @@ class Preset(Settings):
     `experts` has what differs for one expert, by its name and the section (collect, sft, rl, distill),
     such as `{swe: {sft: {steps: 200}}}`. Of distillation, which all experts share, only its `cold_batch` and
     `prompts` can differ.
-    `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results.
+    `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results. A
+    larger tree is computed in parts, of which those on one path are held at once.
+    `tree`: a model whose layers cannot be given token trees is trained on their branches, or is an error.
+    `balance` weighs the load-balancing loss of a mixture of experts; its statistics are over a micro-batch.
     """
 
     name: str
@@ -256,6 +259,8 @@ class Preset(Settings):
     max_new_tokens: int = 48
     concurrency: int = 48
     micro_batch_tokens: int = 8192
+    tree: Literal["auto", "required"] = "auto"
+    balance: float = Field(default=0.0, ge=0)
     expert_threads: int = 1
     shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)

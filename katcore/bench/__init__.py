@@ -1,1 +1,1 @@
-"""Benchmarks of the proxy and of trajectories, each beside a baseline in the same run."""
+"""Benchmarks of the proxy, of trajectories and of training, each beside a baseline in the same run."""

@@ -41,7 +41,7 @@ from katcore.train.batch import turns
 from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.sft import draw
-from katcore.train.trainer import Schedule, Trainer
+from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     model = load_policy(start)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
-    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
+    trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, chat, domains)
     history = loop.load()
     loop.learn_from_teachers()

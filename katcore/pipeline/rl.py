@@ -31,7 +31,7 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
 from katcore.train.policy import limit_threads, load_policy, save_policy
-from katcore.train.trainer import Schedule, Trainer
+from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
 def run(job: Job) -> dict[str, float]:
@@ -52,7 +52,7 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
         settings.warmup,
         final_lr=settings.final_lr,
     )
-    trainer = Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens)
+    trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, ChatTokenizer(start), expert)
     rewards = asyncio.run(loop.run(tasks))
     save_policy(model, job.out / "model", tokenizer=start)

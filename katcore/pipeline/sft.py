@@ -10,7 +10,7 @@ from katcore.schema.codec import read_lines
 from katcore.schema.sample import Sample
 from katcore.train.policy import limit_threads, load_policy, save_policy
 from katcore.train.sft import fit
-from katcore.train.trainer import Schedule, Trainer
+from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
 def run(job: Job) -> dict[str, float]:
@@ -46,7 +46,7 @@ def train(
         job.progress.step(step, settings.steps, metrics)
 
     fit(
-        Trainer(model, schedule, max_tokens=job.preset.micro_batch_tokens),
+        Trainer(model, schedule, **engine_options(job.preset)),
         usable,
         settings,
         seed=job.seed,

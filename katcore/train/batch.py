@@ -1,19 +1,21 @@
-"""The one batch type of training: token trees, padded, with a dense ancestor mask.
+"""The one batch type of training: token trees in rows, and what the loss has to know of their trained tokens.
 
 A token sees its ancestors in the tree and itself; its position is its depth. So a tree of B branches gives
 each token the same logits as in each of the B plain sequences, in one pass (Tree Training, arXiv
-2511.00413, section 3). Departs from the paper in the mask: dense, which is exact and saves no attention
-time. Proven equal to the unrolled branches in tests/train/test_tree.py.
+2511.00413, section 3). How trees lie in rows is in `layout`. Proven equal to the unrolled branches in
+tests/train/test_tree.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train.forest import depths
+from katcore.train.layout import Layout, Mask, packed, padded
 
 Weighting = Literal["path", "once"]
 """How much a token counts that several branches share: once for each (the mean over paths), or once."""
@@ -21,27 +23,32 @@ Weighting = Literal["path", "once"]
 _WORTHWHILE = 768
 """Tokens from which on a smaller batch costs less than padding."""
 
+_LONG = 256
+"""Tokens from which on a tree is packed: then attention by pieces costs less than a dense mask."""
+
 
 @dataclass(frozen=True, slots=True)
 class TreeBatch:
-    """B trees of at most T tokens, N trained tokens in all.
+    """Trees in B rows of T tokens, N trained tokens in all.
 
-    ids_BT, positions_BT: token ids and depths, 0 where padded. mask_BTT: what each token sees.
+    ids_BT, positions_BT: token ids and depths. mask_BTT: what each token sees (`layout.Mask`).
     at_N: the flat position whose logits predict a trained token (its parent). targets_N: its id.
     rows_N: its tree; turns_N: its turn there (`turns`). old_N: the behaviour policy's log-probability.
     weights_N: g_t / K, the share of the tree's K branches that run through it; or 1, if each counts once.
-    The last two are float64, so sums over tokens are.
+    The last two are float64, so sums over tokens are. counts_P: how many branches the token at each of the
+    B * T places stands for, 0 where there is none.
     """
 
     ids_BT: Tensor
     positions_BT: Tensor
-    mask_BTT: Tensor
+    mask_BTT: Mask
     at_N: Tensor
     targets_N: Tensor
     rows_N: Tensor
     turns_N: Tensor
     old_N: Tensor
     weights_N: Tensor
+    counts_P: Tensor
     weighting: Weighting = "path"
 
     @property
@@ -49,68 +56,64 @@ class TreeBatch:
         """N."""
         return len(self.targets_N)
 
+    def only(self, chosen_M: Tensor) -> "TreeBatch":
+        """With M of the trained tokens; all tokens are still there to be seen."""
+        per_token = {
+            name: getattr(self, name)[chosen_M]
+            for name in ("at_N", "targets_N", "rows_N", "turns_N", "old_N", "weights_N")
+        }
+        return replace(self, **per_token)
 
-def collate(samples: Sequence[Sample], weighting: Weighting = "path") -> TreeBatch:
-    """Pad samples into a batch.
+
+def collate(
+    samples: Sequence[Sample],
+    weighting: Weighting = "path",
+    layout: Layout | None = None,
+) -> TreeBatch:
+    """Put samples into a batch, by default `padded` or, if one of them is long, `packed`.
 
     Raises:
         ValueError: a trained token is a root: nothing predicts it.
     """
-    length = max(len(sample.tokens) for sample in samples)
-    shape = (len(samples), length)
-    ids_BT, positions_BT = (
-        torch.zeros(shape, dtype=torch.long),
-        torch.zeros(shape, dtype=torch.long),
-    )
-    mask_BTT = torch.eye(length, dtype=torch.bool).repeat(len(samples), 1, 1)
+    if layout is None:
+        layout = padded if max(len(sample.tokens) for sample in samples) < _LONG else packed
+    rows = layout(samples)
     at: list[int] = []
     targets: list[int] = []
-    rows: list[int] = []
+    numbers: list[int] = []
     turn_numbers: list[int] = []
     old: list[float] = []
     weights: list[float] = []
-    for row, sample in enumerate(samples):
-        num = len(sample.tokens)
-        ids_BT[row, :num] = torch.tensor(sample.tokens)
-        mask_TT = ancestors(sample.parents)
-        mask_BTT[row, :num, :num] = mask_TT
-        positions_BT[row, :num] = mask_TT.sum(1) - 1
+    counts_P = torch.zeros(rows.ids_BT.numel())
+    for number, (sample, places) in enumerate(zip(samples, rows.places, strict=True)):
         turn_numbers += turns(sample)
         weights += token_weights(sample, weighting)
+        counts_P[places] = (
+            torch.tensor(sample.branches, dtype=torch.float) if weighting == "path" else 1.0
+        )
         for token, is_trained in enumerate(sample.trained):
             if is_trained:
                 if sample.parents[token] < 0:
                     raise ValueError(
                         f"{sample.rollout_id}: token {token} is trained but has no parent"
                     )
-                at.append(row * length + sample.parents[token])
+                at.append(places[sample.parents[token]])
                 targets.append(sample.tokens[token])
-                rows.append(row)
+                numbers.append(number)
                 old.append(sample.logprobs[token])
     return TreeBatch(
-        ids_BT,
-        positions_BT,
-        mask_BTT,
+        rows.ids_BT,
+        rows.positions_BT,
+        rows.mask,
         torch.tensor(at),
         torch.tensor(targets),
-        torch.tensor(rows),
+        torch.tensor(numbers),
         torch.tensor(turn_numbers),
         torch.tensor(old, dtype=torch.float64),
         torch.tensor(weights, dtype=torch.float64),
+        counts_P,
         weighting,
     )
-
-
-def ancestors(parents: Sequence[int]) -> Tensor:
-    """mask_TT[q, k]: k is q or an ancestor of q. Parents come before their children."""
-    num = len(parents)
-    if all(parent == token - 1 for token, parent in enumerate(parents)):
-        return torch.ones(num, num, dtype=torch.bool).tril()
-    mask_TT = torch.eye(num, dtype=torch.bool)
-    for token, parent in enumerate(parents):
-        if parent >= 0:
-            mask_TT[token] |= mask_TT[parent]
-    return mask_TT
 
 
 def turns(sample: Sample) -> list[int]:
@@ -145,21 +148,41 @@ def num_leaves(sample: Sample) -> int:
 
 
 def micro_batches(
-    samples: Sequence[Sample], *, max_tokens: int, by: Callable[[Sample], str] = lambda _: ""
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    by: Callable[[Sample], str] = lambda _: "",
+    is_unrolled: bool = False,
 ) -> Iterator[list[Sample]]:
-    """Groups of samples of like length and equal `by`, at most `max_tokens` padded tokens in each.
+    """Groups of samples of like length and equal `by`, at most `max_tokens` tokens in each, with padding.
 
     A group of `_WORTHWHILE` tokens takes no sample that is a quarter longer than its shortest: padding is
-    computed like any token.
+    computed like any token. Long trees are packed: they have none, and go with any others.
     """
+    shapes = {id(sample): _shape(sample, is_unrolled) for sample in samples}
     group: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: (by(sample), len(sample.tokens))):
-        length, shortest = len(sample.tokens), len(group[0].tokens) if group else 0
-        is_full = length * (len(group) + 1) > max_tokens
-        is_wasteful = length > 1.25 * shortest and shortest * len(group) >= _WORTHWHILE
-        if group and (is_full or is_wasteful or by(group[0]) != by(sample)):
+    num_rows = num_tokens = shortest = 0
+    for sample in sorted(samples, key=lambda sample: (by(sample), shapes[id(sample)][1])):
+        rows, length = shapes[id(sample)]
+        if is_unrolled or length < _LONG:
+            is_full = length * (num_rows + rows) > max_tokens
+            is_unlike = length > 1.25 * shortest and shortest * num_rows >= _WORTHWHILE
+        else:
+            is_full = num_tokens + length > max_tokens
+            is_unlike = shortest < _LONG
+        if group and (is_full or is_unlike or by(group[0]) != by(sample)):
             yield group
             group = []
+        if not group:
+            num_rows, num_tokens, shortest = 0, 0, length
         group.append(sample)
+        num_rows, num_tokens = num_rows + rows, num_tokens + length
     if group:
         yield group
+
+
+def _shape(sample: Sample, is_unrolled: bool) -> tuple[int, int]:  # noqa: FBT001
+    """How many rows of a batch a sample takes, and how long they are."""
+    if is_unrolled:
+        return num_leaves(sample), 1 + max(depths(sample.parents))
+    return 1, len(sample.tokens)

@@ -23,7 +23,11 @@ Metrics = dict[str, float]
 
 
 class Objective(Protocol):
-    """A loss over the trained tokens of a batch."""
+    """A loss over the trained tokens of a batch.
+
+    One that `is_separable` (by default none is) needs nothing but the fields of a token itself: on some of a
+    batch's tokens (`TreeBatch.only`) it is their share of the loss.
+    """
 
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """The weighted sum of the losses; `samples` are the rows of the batch."""
@@ -49,6 +53,8 @@ class TokenMean:
 
 class Sft(TokenMean):
     """Supervised fine-tuning."""
+
+    is_separable = True
 
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """-sum of w_t log pi(y_t)."""

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from katcore.config import ModelSettings
+from katcore.train.attention import NAME, PREPARED, TreeMask
+from katcore.train.layout import Mask
 
 transformers_logging.disable_progress_bar()
 
@@ -94,7 +96,7 @@ def limit_threads(num: int) -> None:
 def load_policy(folder: Path) -> Any:
     """The model of a folder in float32, without dropout."""
     return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        str(folder), dtype=torch.float32, local_files_only=True
     ).eval()
 
 
@@ -107,21 +109,33 @@ def save_policy(model: Any, folder: Path, *, tokenizer: Path) -> None:
             shutil.copy2(tokenizer / name, folder / name)
 
 
-def logits_at(
-    model: Any, ids_BT: Tensor, positions_BT: Tensor, mask_BTT: Tensor, at_N: Tensor
-) -> Tensor:
+def logits_at(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, at_N: Tensor) -> Tensor:
     """Logits at N flat positions (b * T + t) only: the vocabulary projection is the dear part.
 
-    `mask_BTT[b, q, k]` is True where token q sees token k. Returns (N, V), at least float32.
+    Returns (N, V), at least float32.
     """
-    hidden_BTD = model.model(
-        input_ids=ids_BT,
-        position_ids=positions_BT,
-        attention_mask=additive(mask_BTT[:, None], model.dtype),
-        use_cache=False,
-    ).last_hidden_state
+    hidden_BTD = hidden(model, ids_BT, positions_BT, mask).last_hidden_state
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[at_N]
-    logits_NV: Tensor = model.lm_head(hidden_ND)
+    return logits_of(model, hidden_ND)
+
+
+def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **options: Any) -> Any:
+    """What the layers below the vocabulary projection give, as transformers says it."""
+    if isinstance(mask, TreeMask):
+        if model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+        options |= {"tree": mask, "attention_mask": PREPARED, "position_ids": positions_BT}
+    elif mask is not None:
+        options |= {
+            "attention_mask": additive(mask[:, None], model.dtype),
+            "position_ids": positions_BT,
+        }
+    return model.base_model(input_ids=ids_BT, use_cache=False, **options)
+
+
+def logits_of(model: Any, hidden_ND: Tensor) -> Tensor:
+    """The vocabulary projection, (N, V), at least float32."""
+    logits_NV: Tensor = model.get_output_embeddings()(hidden_ND)
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 

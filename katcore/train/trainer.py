@@ -3,18 +3,22 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from katcore.config import Preset
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.batch import TreeBatch, Weighting, collate, micro_batches
+from katcore.train.batch import Weighting, micro_batches, num_leaves
+from katcore.train.engine import Engine
+from katcore.train.layout import unrolled
 from katcore.train.objective import Metrics, Objective, token_logprobs
-from katcore.train.policy import logits_at
+from katcore.train.policy import logits_of
+from katcore.train.support import Trees, takes_trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,22 @@ class Schedule:
         return self.lr * (1 - (1 - self.final_lr) * min(1.0, done))
 
 
+def engine_options(preset: Preset) -> dict[str, Any]:
+    """What a preset says of how batches are computed, for `Trainer`."""
+    return {
+        "max_tokens": preset.micro_batch_tokens,
+        "trees": preset.tree,
+        "balance": preset.balance,
+    }
+
+
 class Trainer:
-    """AdamW (0.9, 0.95), gradient norm clipped at 1."""
+    """AdamW (0.9, 0.95), gradient norm clipped at 1.
+
+    `max_tokens` bounds the tokens whose activations are held at once: larger trees are computed in parts.
+    `trees` says what becomes of a model that cannot be given trees (`support`); `balance` weighs the
+    load-balancing loss of a mixture of experts.
+    """
 
     def __init__(
         self,
@@ -45,8 +63,13 @@ class Trainer:
         *,
         max_tokens: int = 8192,
         weighting: Weighting = "path",
+        trees: Trees = "auto",
+        balance: float = 0.0,
     ) -> None:
         self.model = model
+        self._engine = Engine(
+            model, weighting, None if takes_trees(model, trees) else unrolled, balance
+        )
         self.step_number = 0
         self._schedule = schedule
         self._max_tokens = max_tokens
@@ -78,13 +101,11 @@ class Trainer:
             group["lr"] = lr
         loss = 0.0
         self._optimizer.zero_grad(set_to_none=True)
-        for rows in micro_batches(samples, max_tokens=self._max_tokens, by=by):
-            part = (
-                objective(self.logits(batch := collate(rows, self._weighting)), batch, rows)
-                / weight
-            )
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+        for rows in self._micro_batches(samples, by):
+            if self._is_too_large(rows[0]):
+                loss += self._engine.backward_in_parts(rows[0], objective, weight, self._max_tokens)
+            else:
+                loss += self._engine.backward(rows, objective, weight)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
         if not math.isfinite(norm):
             raise StageError(f"step {self.step_number}: the gradient is not finite (loss {loss})")
@@ -99,16 +120,29 @@ class Trainer:
         """Log-probabilities of the trained tokens under the weights as they are, by rollout id."""
         found: dict[str, list[float]] = {sample.rollout_id: [] for sample in samples}
         with torch.no_grad():
-            for rows in micro_batches(samples, max_tokens=self._max_tokens):
-                batch = collate(rows)
-                logprob_N = token_logprobs(self.logits(batch), batch.targets_N, temperature)
+            for rows in self._micro_batches(samples):
+                batch = self._engine.collate(rows)
+                hidden_ND = self._engine.forward(batch).last_hidden_state.flatten(0, 1)[batch.at_N]
+                logits_NV = logits_of(self.model, hidden_ND)
+                logprob_N = token_logprobs(logits_NV, batch.targets_N, temperature)
                 for row, value in zip(batch.rows_N.tolist(), logprob_N.tolist(), strict=True):
                     found[rows[row].rollout_id].append(value)
         return found
 
-    def logits(self, batch: TreeBatch) -> torch.Tensor:
-        """Logits of the batch's trained tokens, (N, V)."""
-        return logits_at(self.model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N)
+    def _micro_batches(
+        self, samples: Sequence[Sample], by: Callable[[Sample], str] = lambda _: ""
+    ) -> Iterator[list[Sample]]:
+        return micro_batches(
+            samples,
+            max_tokens=self._max_tokens,
+            by=by,
+            is_unrolled=self._engine.layout is unrolled,
+        )
+
+    def _is_too_large(self, sample: Sample) -> bool:
+        """Whether a tree is computed in parts; a single branch is one whatever its length."""
+        is_long = len(sample.tokens) > self._max_tokens
+        return is_long and self._engine.layout is None and num_leaves(sample) > 1
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write a checkpoint: complete or not at all, and on disk when this returns."""

@@ -199,7 +199,7 @@ def test_after_a_kill_the_losses_are_those_that_would_have_been(folder: Path, ve
         ("rl", {"tasks": "nothing"}, "no split 'train'"),
         ("rl", {"scaffold": "claude"}, "no scaffold named 'claude'; installed: "),
         ("rl", {"verifier": "judge"}, "no verifier named 'judge'; installed: "),
-        ("rl", {"rl": {"correction": "icepop"}}, "set old: trainer"),
+        ("rl", {"rl": {"correction": "truncate"}}, "set old: trainer"),
         ("rl", {"rl": {"tasks": "unseen"}}, "name a folder of such tasks"),
         ("rl", {"model": "models:/kat-none@candidate"}, "no model is registered"),
         ("distill", {"domains": {}}, "domains: "),

@@ -8,6 +8,7 @@ import torch
 
 from katcore.config import SftSettings
 from katcore.schema.sample import Sample
+from katcore.train.batch import micro_batches
 from katcore.train.objective import Sft
 from katcore.train.sft import draw, fit, without_failed
 from katcore.train.trainer import Schedule, Trainer
@@ -82,3 +83,13 @@ def test_an_answer_that_failed_is_context() -> None:
     assert without_failed(whole) is whole
     left = without_failed(replace(whole, failed=(0,)))
     assert left.trained == (False, False, False, False, True, False)
+
+
+def test_packing_long_samples_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded, packed = trainer(), trainer(max_tokens=20)
+    padded.update(samples(), Sft())
+    monkeypatch.setattr("katcore.train.batch._LONG", 6)
+    groups = list(micro_batches(samples(), max_tokens=20))
+    assert [sum(len(row.tokens) for row in group) for group in groups] == [17, 10, 19, 15, 8]
+    packed.update(samples(), Sft())
+    torch.testing.assert_close(weights(packed), weights(padded), rtol=1e-9, atol=1e-9)

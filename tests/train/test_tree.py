@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 
 from katcore.schema.sample import Sample
-from katcore.train.batch import ancestors, collate, turns
+from katcore.train.batch import collate, turns
+from katcore.train.layout import ancestors
 from katcore.train.objective import Sft
 from katcore.train.policy import logits_at
 from tests.train.trees import branches, gradients, line, sample, small_model, tree_samples

@@ -1,0 +1,150 @@
+"""`kat bench tree`: a step on a token tree beside the same step on its branches, and the bound of it.
+
+Each shape of tree is run in four ways, in turn: the tree, the tree in parts, its branches packed end to end,
+and its branches padded. All have the same loss, which is checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import isclose
+from statistics import geometric_mean, median
+from typing import Any
+
+from katcore.bench.aim import Aim
+from katcore.bench.disk import machine
+from katcore.bench.shapes import SHAPES, tree
+from katcore.config import ModelSettings
+from katcore.errors import StageError
+from katcore.schema.sample import Sample
+from katcore.train.measure import Steps, as_tree, in_packed, in_padded, in_parts, lines
+
+POR = (0.0, 0.3, 0.5, 0.7, 0.846, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How many tokens a tree has, how often each way is timed, and the model.
+
+    `max_tokens` bounds a pass over branches, as `micro_batch_tokens` does in a run.
+    """
+
+    tokens: int = 2048
+    rounds: int = 3
+    hidden: int = 384
+    layers: int = 8
+    max_tokens: int = 8192
+
+    @property
+    def num_parts(self) -> int:
+        """How many times a progress bar moves."""
+        return len(SHAPES) * len(POR)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tree beside its packed branches. Ratios say how many times less the tree takes.
+
+    `speedup_padded` is beside padded branches. `parts_speedup` and `parts_ratio` are of the tree in parts:
+    its speed beside packed branches, and what it holds over what its longest branch alone does.
+    """
+
+    shape: str
+    tokens_flat: int
+    tokens_tree: int
+    por: float
+    tree_s: float
+    speedup: float
+    token_bound: float
+    flop_bound: float
+    bound_fraction: float
+    mem_ratio: float
+    speedup_padded: float
+    parts_speedup: float
+    parts_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was found."""
+
+    machine: str
+    model: str
+    rows: list[Row]
+    aims: list[Aim]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+def run(settings: Settings, step: Callable[[str], None]) -> Report:
+    """Measure; `step` is told each part."""
+    model = ModelSettings(
+        hidden=settings.hidden,
+        layers=settings.layers,
+        heads=max(1, settings.hidden // 64),
+        kv_heads=max(1, settings.hidden // 64),
+        vocabulary=4096,
+        context=settings.tokens,
+    )
+    steps = Steps(model)
+    rows = []
+    for shape, parents in SHAPES.items():
+        for por in POR:
+            step(f"{shape}, {por:.3g} shared")
+            sample = tree(parents(settings.tokens, por), model.vocabulary, seed=0)
+            rows.append(_row(steps, shape, sample, settings))
+    size = sum(p.numel() for p in steps.model.parameters()) / 1e6
+    return Report(machine() + ", one thread", f"{size:.1f} M parameters", rows, _aims(rows))
+
+
+def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:
+    ways = {
+        "tree": as_tree(sample),
+        "parts": in_parts(sample),
+        "packed": in_packed(sample, settings.max_tokens),
+        "padded": in_padded(sample, settings.max_tokens),
+    }
+    losses = {name: steps.loss(way) for name, way in ways.items()}
+    if not all(isclose(loss, losses["packed"], rel_tol=1e-3) for loss in losses.values()):
+        raise StageError(f"{shape}: the ways to do a step disagree about its loss: {losses}")
+    held = {name: steps.held_mib(way) for name, way in ways.items()}
+    longest = steps.held_mib(as_tree(lines(sample)[-1]))
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(settings.rounds):
+        for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
+            taken[name].append(steps.seconds(ways[name]))
+    seconds = {name: median(values) for name, values in taken.items()}
+    flat = sum(len(line.tokens) for line in lines(sample))
+    flop_bound = steps.flops(ways["packed"]) / steps.flops(ways["tree"])
+    speedup = seconds["packed"] / seconds["tree"]
+    return Row(
+        shape,
+        flat,
+        len(sample.tokens),
+        1 - len(sample.tokens) / flat,
+        seconds["tree"],
+        speedup,
+        flat / len(sample.tokens),
+        flop_bound,
+        speedup / flop_bound,
+        held["packed"] / held["tree"],
+        seconds["padded"] / seconds["tree"],
+        seconds["packed"] / seconds["parts"],
+        held["parts"] / longest,
+    )
+
+
+def _aims(rows: list[Row]) -> list[Aim]:
+    shared = [row.bound_fraction for row in rows if row.por >= 0.49]
+    apart = [row.speedup for row in rows if not row.por]
+    return [
+        Aim.at_least(
+            "of the flop bound, POR from 0.5 on, geometric mean", geometric_mean(shared), 0.95
+        ),
+        Aim.at_least("of the flop bound, in each of those", min(shared), 0.9),
+        Aim.at_least("speed beside packed branches that share nothing", min(apart), 0.97),
+        Aim.at_most(
+            "held in parts, over the longest branch", max(row.parts_ratio for row in rows), 1.3
+        ),
+    ]

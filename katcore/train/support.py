@@ -1,0 +1,85 @@
+"""Whether a model can be given token trees: its layers have to let a token see its own path, and no more."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from katcore.errors import StageError
+from katcore.train.attention import TreeMask
+from katcore.train.policy import logits_at
+
+Trees = Literal["auto", "required"]
+"""Whether a model that cannot be given trees is trained on their branches instead, or is an error."""
+
+_log = logging.getLogger(__name__)
+_LIMITS = ("attn_logit_softcapping", "sliding_window", "attention_chunk_size")
+_PARENTS = (-1, 0, 1, 2, 1, 4)
+_BRANCHES = ((0, 1, 2, 3), (0, 1, 4, 5))
+
+
+def takes_trees(model: Any, trees: Trees = "auto") -> bool:
+    """Whether `model` is given trees. If not, the reason is logged.
+
+    Raises:
+        StageError: it cannot, and they are required; or something else comes after its vocabulary projection.
+    """
+    reason = refusal(model)
+    if reason and trees == "required":
+        raise StageError(
+            f"{type(model).__name__} cannot be trained on token trees: {reason};"
+            " with `trees: auto` it is trained on their branches, one by one"
+        )
+    if reason:
+        _log.warning(
+            "%s is trained on branches, not on token trees, which takes longer: %s",
+            type(model).__name__,
+            reason,
+        )
+    return not reason
+
+
+def refusal(model: Any) -> str:
+    """Why a model cannot be given trees, by its configuration and by trying a small one; or nothing."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention"}):
+        return f"it has layers of the kind {' and '.join(others)}"
+    for name in ("attn_logit_softcapping",) if kinds else _LIMITS:
+        if value := getattr(config, name, None):
+            return f"its attention has {name}={value}"
+    if not getattr(model, "_supports_sdpa", False):
+        return "its attention is not one that SDPA computes"
+    was_training, was = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        reason = _tried(model)
+    finally:
+        model.train(was_training)
+    if reason:
+        model.set_attn_implementation(was)
+    return reason
+
+
+@torch.no_grad()
+def _tried(model: Any) -> str:
+    ids_T = torch.arange(1, 1 + len(_PARENTS)) % model.config.get_text_config().vocab_size
+    index_BT = torch.tensor(_BRANCHES)
+    wanted: Tensor = model(input_ids=ids_T[index_BT], use_cache=False).logits.flatten(0, 1)
+    places = torch.arange(index_BT.numel())
+    rows = logits_at(model, ids_T[index_BT], torch.arange(4).expand(2, 4), None, places)
+    limit = 20 * torch.finfo(model.dtype).eps * float(wanted.abs().max())
+    if (apart := float((rows - wanted).abs().max())) > limit:
+        raise StageError(
+            f"{type(model).__name__}: its logits are {apart:.2g} apart from its vocabulary projection of the"
+            " last hidden state; models that scale or cap them cannot be trained"
+        )
+    depths_BT = torch.tensor([[0, 1, 2, 3, 2, 3]])
+    try:
+        found = logits_at(model, ids_T[None], depths_BT, TreeMask(_PARENTS), index_BT.flatten())
+    except TypeError as error:
+        return f"it does not pass on what its attention is told ({error})"
+    if (apart := float((found - wanted).abs().max())) > limit:
+        return f"a small tree has logits that are {apart:.2g} apart from those of its branches"
+    return ""

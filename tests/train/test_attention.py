@@ -1,0 +1,194 @@
+"""In each layout and architecture, a tree has the loss and the gradients of its branches run alone."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from katcore.schema.sample import Sample
+from katcore.train import attention, flex
+from katcore.train.attention import cut
+from katcore.train.batch import TreeBatch, Weighting, collate, turns
+from katcore.train.distill import Distillation
+from katcore.train.forest import heavy_first, pieces, renumbered
+from katcore.train.layout import Rows, ancestors, branches, packed, padded, unrolled
+from katcore.train.objective import Objective, Sft
+from katcore.train.policy import logits_at
+from katcore.train.surrogate import Clipped, PolicyGradient
+from tests.train.architectures import CONFIGS, tiny
+from tests.train.trees import VOCABULARY, gradients, sample, tree_samples
+
+LAYOUTS: dict[str, Callable[[Sequence[Sample]], Rows]] = {
+    "padded": padded,
+    "packed": packed,
+    "unrolled": unrolled,
+}
+OBJECTIVES = ("sft", "token", "turn", "sequence", "entropy", "reverse-kl")
+MODELS = {name: tiny(name) for name in CONFIGS}
+
+
+def several(trees: list[Sample]) -> list[Sample]:
+    return [
+        replace(tree, rollout_id=f"r{at}") for at, tree in enumerate(trees) if any(tree.trained)
+    ]
+
+
+FORESTS = st.lists(tree_samples(), min_size=1, max_size=2).map(several)
+
+
+def objective_of(name: str, samples: list[Sample], seed: int) -> Objective:
+    draw = torch.Generator().manual_seed(seed)
+    if name == "sft":
+        return Sft()
+    if name == "reverse-kl":
+        num = sum(sum(tree.trained) for tree in samples)
+        teacher = torch.randn(num, VOCABULARY, dtype=torch.float64, generator=draw)
+        return Distillation(lambda *_: teacher)
+    rows = {
+        tree.rollout_id: (tuple(torch.randn(1 + turns(tree)[-1], generator=draw).tolist()),)
+        for tree in samples
+    }
+    level: Any = "token" if name == "entropy" else name
+    shape = Clipped(level, entropy=0.1 if name == "entropy" else 0.0)
+    old = {tree.rollout_id: [-3.0] * sum(tree.trained) for tree in samples}
+    return PolicyGradient(rows, shape, old=old)
+
+
+def logits_of_branches(model: Any, samples: list[Sample]) -> Tensor:
+    """Each branch by itself through the whole model; a token of several has the mean of its logits there."""
+    found = []
+    for tree in samples:
+        sums: dict[int, list[Tensor]] = {}
+        for path in branches(tree.parents):
+            logits = model(torch.tensor([[tree.tokens[token] for token in path]])).logits[0]
+            for before, token in zip(range(len(path)), path[1:], strict=False):
+                sums.setdefault(token, []).append(logits[before])
+        found += [torch.stack(sums[token]).mean(0) for token, yes in enumerate(tree.trained) if yes]
+    return torch.stack(found)
+
+
+def logits_of(model: Any, batch: TreeBatch) -> Tensor:
+    return logits_at(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N)
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().abs().max() / other.detach().abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=8, deadline=None)
+@given(
+    samples=FORESTS,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    objective=st.sampled_from(OBJECTIVES),
+    weighting=st.sampled_from(get_args(Weighting)),
+    seed=st.integers(0, 1000),
+)
+def test_a_tree_is_its_branches(
+    name: str,
+    samples: list[Sample],
+    layout: str,
+    objective: str,
+    weighting: Weighting,
+    seed: int,
+) -> None:
+    if not samples or (objective == "sequence" and weighting == "once"):
+        return
+    model, loss_of = MODELS[name], objective_of(objective, samples, seed)
+    batch = collate(samples, weighting, LAYOUTS[layout])
+    model.zero_grad()
+    whole = loss_of(logits_of(model, batch), batch, samples)
+    whole.backward()
+    found = gradients(model)
+    model.zero_grad()
+    apart = loss_of(logits_of_branches(model, samples), batch, samples)
+    apart.backward()
+    assert abs(float(whole.detach() - apart.detach())) <= 1e-10 * max(
+        1.0, abs(float(apart.detach()))
+    )
+    assert relative(found, gradients(model)) < 1e-10
+
+
+def test_a_wrong_piece_is_noticed() -> None:
+    """The equality above can fail: it does when one token sees one token too many."""
+    tree = sample([1, 2, 3, 4, 5, 6], [-1, 0, 1, 1, 3, 2], [False, *[True] * 5])
+    batch = collate([tree], layout=packed)
+    order = heavy_first(tree.parents)
+    parents = renumbered(tree.parents, order)
+    parents[order.index(3)] = order.index(2)
+    wrong = replace(batch, mask_BTT=attention.TreeMask(parents))
+    right = logits_of_branches(MODELS["llama"], [tree])
+    assert relative(logits_of(MODELS["llama"], batch), right) < 1e-12
+    assert relative(logits_of(MODELS["llama"], wrong), right) > 1e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree_samples(), st.integers(1, 5), st.integers(0, 100))
+def test_pieces_are_the_ancestor_relation(tree: Sample, block: int, seed: int) -> None:
+    """Also where the tree grows out of tokens that are not there themselves."""
+    choose = random.Random(seed)
+    num_past = choose.randint(0, 6)
+    own = renumbered(tree.parents, heavy_first(tree.parents))
+    root = choose.randint(0, num_past) - 1
+    grown = [*range(-1, num_past - 1), *(num_past + at if at >= 0 else root for at in own)]
+    parts = pieces(grown, num_past)
+    wanted = ancestors(grown)[num_past:].int()
+    for found in (parts, cut(parts, block)):
+        seen = torch.zeros_like(wanted)
+        for start, end, first, last, is_causal in found:
+            ones = torch.ones(end - start, last - first, dtype=torch.int)
+            seen[start:end, first:last] += ones.tril() if is_causal else ones
+        assert torch.equal(seen, wanted)
+        assert sum(part.num_pairs for part in found) == int(wanted.sum())
+
+
+@settings(max_examples=20, deadline=None)
+@given(tree_samples(), st.integers(1, 9))
+def test_cut_pieces_give_the_dense_result(tree: Sample, block: int) -> None:
+    parents = renumbered(tree.parents, heavy_first(tree.parents))
+    torch.manual_seed(len(parents))
+    shape = (1, len(parents), 4, 8)
+    query, grad = torch.randn(2, *shape, dtype=torch.float64).transpose(2, 3).unbind()
+    key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64).unbind()
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    found = attention._TreeAttention.apply(*inputs, tuple(cut(pieces(parents), block)), 0.3)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=ancestors(parents), scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(dense, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_past", [0, 3])
+def test_flex_attention_gives_the_dense_result(num_past: int) -> None:
+    """As it runs without a GPU: uncompiled, and not backwards. More than one block of 128."""
+    past = list(range(-1, num_past - 1))
+    chain = [num_past + at for at in range(-1, 89)]
+    own = [*chain, num_past + 40, *range(num_past + 90, num_past + 139), num_past + 10]
+    parents = [*past, *own]
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, len(own), 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64)
+    mask = attention.TreeMask(parents, num_past).blocks(torch.device("cpu"))
+    found = flex.attend(query, key, value, mask, 0.3)
+    seen = ancestors(parents)[num_past:]
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_the_largest_subtree_comes_first() -> None:
+    #  0 -> 1 -> 2, and 1 -> 3 -> 4, and 0 -> 5
+    assert heavy_first([-1, 0, 1, 1, 3, 0]) == [0, 1, 3, 4, 2, 5]
