@@ -85,7 +85,7 @@ class ImageStore:
             return known[1]
         dockerfile = parse(environment / "Dockerfile")
         parent = self._parent(dockerfile, environment)
-        key = _key(parent, environment)
+        key = content_key(environment, parent.key)
         path = self._root / "built" / f"{key}.json"
         if not path.exists():
             with self._lock(key):
@@ -157,8 +157,9 @@ class ImageStore:
             yield
 
 
-def _key(parent: Image, environment: Path) -> str:
-    digest = hashlib.sha256(parent.key.encode())
+def content_key(environment: Path, start: str) -> str:
+    """The hash of all files of an environment folder, and of what its image starts from."""
+    digest = hashlib.sha256(start.encode())
     for path in sorted(environment.rglob("*")):
         name = str(path.relative_to(environment))
         mode = path.lstat().st_mode

@@ -1,0 +1,178 @@
+"""The engine: the few calls of Docker's API that sandboxes need, in threads of their own.
+
+Through the official SDK, which Airflow's Docker provider brings along, and which knows DOCKER_HOST, TLS, and
+what belongs into a build. It blocks, so it is never called on the event loop. An asynchronous client would
+gain nothing: a sandbox takes four calls, commands go to its pid 1 directly, and an engine starts no more
+containers with fifty calls at once than with eight.
+"""
+
+import asyncio
+import hashlib
+import platform
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.utils import kwargs_from_env
+from requests.exceptions import RequestException
+from urllib3.exceptions import HTTPError
+
+from katcore.errors import SandboxError, SandboxUnavailableError, TaskError
+
+MARK = "katcore.mark"
+"""The label that all containers of a backend carry, with its mark."""
+_WORKERS = 8
+_TIMEOUT_S = 120
+_BUILD_TIMEOUT_S = 3600
+_GONE_S, _RETRY_S = 30.0, 0.1
+
+T = TypeVar("T")
+
+
+class Engine:
+    """One engine, at `url` or where the environment says. All methods but `call` block."""
+
+    def __init__(self, url: str) -> None:
+        self._arguments = kwargs_from_env() | ({"base_url": url} if url else {})
+        self.url: str = self._arguments.get("base_url") or "unix:///var/run/docker.sock"
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="katcore-docker")
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    @property
+    def place(self) -> str:
+        """A short name of this address, the same on all machines that reach the same engine by it."""
+        where = (
+            self.url if self.url.startswith(("tcp:", "http")) else f"{platform.node()}:{self.url}"
+        )
+        return hashlib.sha256(where.encode()).hexdigest()[:6]
+
+    async def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking method in a thread. Cancelled, it ends first: a container half made would be lost.
+
+        Raises:
+            SandboxUnavailableError: no engine answers.
+            SandboxError: it refuses.
+        """
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._threads, self._translated, work, *arguments)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()
+            raise
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._threads.shutdown(wait=False)
+        if self._client:
+            self._client.close()
+
+    def info(self) -> dict[str, Any]:
+        """What the engine says of itself."""
+        return dict(self._api().info())
+
+    def create(self, name: str, labels: dict[str, str], settings: dict[str, Any]) -> None:
+        """Make a container; `settings` are those of ContainerCreate in the API."""
+        body = {**settings, "Labels": labels}
+        self._api().create_container_from_config(body, name)
+
+    def start(self, name: str) -> None:
+        """Start a container."""
+        self._api().start(name)
+
+    def is_running(self, name: str) -> bool:
+        """Whether it runs."""
+        try:
+            return bool(self._api().inspect_container(name)["State"]["Running"])
+        except NotFound:
+            return False
+
+    def changes(self, name: str) -> list[dict[str, Any]]:
+        """The paths that differ from the image."""
+        return list(self._api().diff(name) or [])
+
+    def marked(self, mark: str) -> list[str]:
+        """The ids of all containers with a mark, whatever state they are in."""
+        found = self._api().containers(all=True, filters={"label": f"{MARK}={mark}"})
+        return [item["Id"] for item in found]
+
+    def remove(self, name: str) -> bool:
+        """Kill and remove a container and its volumes; whether it was there. Returns when it is gone."""
+        until_s = time.monotonic() + _GONE_S
+        was_there = False
+        while True:
+            try:
+                self._api().remove_container(name, force=True, v=True)
+            except NotFound:
+                return was_there
+            except APIError as error:
+                # Somebody removes it already: the engine itself, as it does when a container ends.
+                if error.status_code != 409 or time.monotonic() > until_s:
+                    raise
+                was_there = True
+                time.sleep(_RETRY_S)
+            else:
+                return True
+
+    def image(self, tag: str) -> dict[str, Any] | None:
+        """The configuration of an image, or None if there is no such image."""
+        try:
+            return dict(self._api().inspect_image(tag)["Config"])
+        except ImageNotFound:
+            return None
+
+    def load(self, tag: str, archive: Path, settings: list[str]) -> None:
+        """Make an image of a tar archive; `settings` are lines of a Dockerfile."""
+        name, _, version = tag.partition(":")
+        self._api().import_image_from_file(str(archive), name, version, changes=settings)
+
+    def build(self, tag: str, folder: Path, dockerfile: Path, network: str) -> None:
+        """Build an image.
+
+        Raises:
+            TaskError: the engine cannot build it; with the last it said.
+        """
+        said = ""
+        try:
+            lines = self._api().build(
+                path=str(folder),
+                dockerfile=str(dockerfile),
+                tag=tag,
+                rm=True,
+                forcerm=True,
+                decode=True,
+                timeout=_BUILD_TIMEOUT_S,
+                network_mode=None if network == "default" else network,
+            )
+            for line in lines:
+                said = (said + line.get("stream", ""))[-500:]
+                if "error" in line:
+                    raise TaskError(f"{line['error']}; before it: {said.strip()}")
+        except APIError as error:
+            raise TaskError(error.explanation or str(error)) from error
+
+    def _translated(self, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return work(*arguments)
+        except APIError as error:
+            raise SandboxError(f"the engine refuses: {error.explanation or error}") from error
+        except (DockerException, RequestException, HTTPError) as error:
+            raise SandboxUnavailableError(
+                f"no container engine answers at {self.url}: {error}. Start one (dockerd, or `podman system"
+                " service`), or say where it is: the option `url`, or DOCKER_HOST"
+            ) from error
+
+    def _api(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                arguments = {"timeout": _TIMEOUT_S, "num_pools": _WORKERS, **self._arguments}
+                self._client = docker.APIClient(version="auto", **arguments)
+            return self._client
