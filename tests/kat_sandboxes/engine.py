@@ -19,7 +19,7 @@ from requests.exceptions import RequestException
 
 from tests.kat_sandboxes import rootfs
 
-BASE = "katcore-test-base:1"
+BASE = "localhost/katcore-test-base:latest"
 """The image that tests start from."""
 START_S = 90.0
 
@@ -62,15 +62,19 @@ def prepared(url: str) -> Iterator[str]:
 
 def _images(url: str) -> set[str]:
     found = client(url).images()
-    return {tag for item in found for tag in item["RepoTags"] or () if tag.startswith("katcore-")}
+    return {
+        tag
+        for item in found
+        for tag in item["RepoTags"] or ()
+        if tag.startswith("localhost/katcore-")
+    }
 
 
 def _load(url: str) -> None:
     with tempfile.NamedTemporaryFile(suffix=".tar") as file:
         rootfs.write(Path(file.name))
-        settings = ["ENV PATH=/usr/local/bin:/usr/bin:/bin"]
         name, _, tag = BASE.partition(":")
-        client(url).import_image_from_file(file.name, name, tag, changes=settings)
+        client(url).import_image_from_file(file.name, name, tag)
 
 
 class Dockerd:
@@ -124,11 +128,17 @@ class Dockerd:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """kill -9: containers and what watches over them stay."""
+        """kill -9, with the containerd that it started: containers and their shims stay."""
         assert self._process
+        children = psutil.Process(self._process.pid).children()
         self._process.kill()
         self._process.wait()
-        (self.folder / "pid").unlink(missing_ok=True)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=30)
+        for file in ("pid", "exec/containerd/containerd.pid"):
+            (self.folder / file).unlink(missing_ok=True)
 
     def close(self) -> None:
         """End it with all containers, and remove what it made."""
@@ -150,8 +160,7 @@ class Dockerd:
         self._namespaces.stdout.close()
         shutil.rmtree(self.folder)
         for group in Path("/sys/fs/cgroup").glob(f"**/{self.folder.name}"):
-            for inner in (*group.glob("*/"), group):
-                inner.rmdir()
+            _empty(group)
         if not self._keys:
             shutil.rmtree("/etc/docker", ignore_errors=True)
 
@@ -159,3 +168,21 @@ class Dockerd:
         for process in psutil.process_iter(["cmdline"]):
             if any(str(self.folder) in word for word in process.info["cmdline"] or ()):
                 yield process
+
+
+def _empty(group: Path) -> None:
+    """End all that is in a cgroup, which may be there without anybody that watches over it, and remove it."""
+    until_s = time.monotonic() + 10
+    while group.exists():
+        for pid in {
+            pid for file in group.rglob("cgroup.procs") for pid in file.read_text().split()
+        }:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            for inner in (*group.glob("*/"), group):
+                inner.rmdir()
+        except OSError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.05)

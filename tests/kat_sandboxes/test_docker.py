@@ -99,6 +99,7 @@ async def test_terminal_tasks_run_unchanged(
         assert rewards == [0.0, 1.0], task.id
 
 
+@pytest.mark.timeout(900)
 async def test_kat_collect_runs_on_it(engine: str, home: Path, tmp_path: Path) -> None:
     for file, text in {
         "task.toml": "[agent]\ntimeout_sec = 60.0\n",

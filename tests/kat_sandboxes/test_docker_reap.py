@@ -169,7 +169,7 @@ async def test_a_container_that_was_never_started_is_found(scene: Scene) -> None
     process = scene.hold("x", dies_at="created")
     assert await asyncio.to_thread(process.wait) == -signal.SIGKILL
     (mark,) = scene.marks()
-    assert len(scene.containers(mark)) == 1
+    assert scene.containers(mark)
     assert (await scene.reap()).holders == 1
     assert scene.containers(mark) == []
 
@@ -200,7 +200,7 @@ async def test_the_engine_is_killed_and_comes_back(scene: Scene, foreign: str) -
         assert len(processes_with("81101")) >= 1
         async with backend.open(spec) as sandbox:
             assert await output(sandbox, "echo on") == "on"
-    assert scene.ledger.read()[:2] == ([], [])
+    assert scene.ledger.read()[1] == []
 
 
 async def lose_the_engine(

@@ -92,7 +92,7 @@ class Limits(Declared):
         self, backend: SandboxBackend, spec: SandboxSpec
     ) -> None:
         async with backend.open(replace(spec, disk_mib=8)) as sandbox:
-            with pytest.raises(OSError, match=r"No space left|too large"):
+            with pytest.raises(OSError, match=r"No space left|too large|quota exceeded"):
                 await sandbox.write(f"{self.workdir}/big", bytes(16 << 20))
             await sandbox.write(f"{self.workdir}/big", b"small")
             assert await sandbox.read(f"{self.workdir}/big") == b"small"

@@ -8,7 +8,6 @@ connection, and the engine removes the container.
 """
 
 import asyncio
-import contextlib
 import logging
 import re
 import secrets
@@ -229,17 +228,20 @@ class DockerBackend:
     async def _accept(self, listener: socket.socket, name: str) -> socket.socket:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S):
-                    channel, _ = await loop.sock_accept(listener)
-                    channel.setblocking(False)
-                    return channel
-            if loop.time() > until_s or not await self._engine.call(self._engine.is_running, name):
-                raise SandboxUnavailableError(
-                    f"the container {name} did not connect to {self._home}: the engine at"
-                    f" {self._engine.url} has to be on this machine, under its kernel (no gVisor)"
-                )
+        accepting = asyncio.create_task(loop.sock_accept(listener))
+        try:
+            while not (await asyncio.wait([accepting], timeout=_LOOK_S))[0]:
+                is_running = await self._engine.call(self._engine.is_running, name)
+                if not accepting.done() and (not is_running or loop.time() > until_s):
+                    raise SandboxUnavailableError(
+                        f"the container {name} did not connect to {self._home}: the engine at"
+                        f" {self._engine.url} has to be on this machine, under its kernel (no gVisor)"
+                    )
+        finally:
+            accepting.cancel()
+        channel, _ = accepting.result()
+        channel.setblocking(False)
+        return channel
 
     async def _end(self, started: Started) -> None:
         started.channel.close()

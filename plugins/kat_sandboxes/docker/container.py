@@ -99,7 +99,7 @@ def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -
         "Entrypoint": bundle.command(agent, f"{_CHANNEL}/{_SOCKET}"),
         # Of the image's variables, this one would reach into the agent.
         "Env": ["LD_PRELOAD="],
-        "Healthcheck": {"Test": ["NONE"]},
+        "Healthcheck": {"Test": ["NONE"]} if shape.image.has_check else None,
         "HostConfig": {
             "AutoRemove": True,
             "NetworkMode": "none",

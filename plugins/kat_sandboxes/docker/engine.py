@@ -26,6 +26,7 @@ from katcore.errors import SandboxError, SandboxUnavailableError, TaskError
 
 MARK = "katcore.mark"
 """The label that all containers of a backend carry, with its mark."""
+_DOCKERFILE = ".dockerfile.katcore"
 _WORKERS = 8
 _TIMEOUT_S = 120
 _BUILD_TIMEOUT_S = 3600
@@ -129,13 +130,13 @@ class Engine:
         except ImageNotFound:
             return None
 
-    def load(self, tag: str, archive: Path, settings: list[str]) -> None:
-        """Make an image of a tar archive; `settings` are lines of a Dockerfile."""
+    def load(self, tag: str, archive: Path) -> None:
+        """Make an image of a tar archive. The version in the tag is `latest`: podman knows no other here."""
         name, _, version = tag.partition(":")
-        self._api().import_image_from_file(str(archive), name, version, changes=settings)
+        self._api().import_image_from_file(str(archive), name, version)
 
-    def build(self, tag: str, folder: Path, dockerfile: Path, network: str) -> None:
-        """Build an image.
+    def build(self, tag: str, folder: Path, dockerfile: str, network: str) -> None:
+        """Build an image of a folder, by this text in place of its Dockerfile.
 
         Raises:
             TaskError: the engine cannot build it; with the last it said.
@@ -143,8 +144,9 @@ class Engine:
         said = ""
         try:
             lines = self._api().build(
-                path=str(folder),
-                dockerfile=str(dockerfile),
+                fileobj=_context(folder, dockerfile),
+                custom_context=True,
+                dockerfile=_DOCKERFILE,
                 tag=tag,
                 rm=True,
                 forcerm=True,
@@ -176,3 +178,11 @@ class Engine:
                 arguments = {"timeout": _TIMEOUT_S, "num_pools": _WORKERS, **self._arguments}
                 self._client = docker.APIClient(version="auto", **arguments)
             return self._client
+
+
+def _context(folder: Path, dockerfile: str) -> Any:
+    """What the engine is sent of a folder: all but what its .dockerignore says."""
+    ignored = folder / ".dockerignore"
+    lines = ignored.read_text().splitlines() if ignored.exists() else []
+    excluded = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return docker.utils.tar(str(folder), exclude=excluded, dockerfile=(_DOCKERFILE, dockerfile))

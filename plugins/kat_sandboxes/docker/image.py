@@ -18,12 +18,16 @@ _RUN = re.compile(r"^[ \t]*RUN[ \t]", re.IGNORECASE | re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """An image that the engine has. `on_host`: the machine's programs have to be mounted in it."""
+    """An image that the engine has.
+
+    `on_host`: the machine's programs have to be mounted in it. `has_check`: it has a command that checks it.
+    """
 
     tag: str
     env: tuple[str, ...]
     workdir: str
     on_host: bool
+    has_check: bool
 
 
 def build(engine: Engine, environment: Path, images: Path, mark: str, network: str) -> Built:
@@ -41,11 +45,11 @@ def build(engine: Engine, environment: Path, images: Path, mark: str, network: s
     on_host = HOST in parents
     start = _host(engine, images, mark) if on_host else ""
     _refuse(path, text, parents, images)
-    tag = f"katcore-environment:{content_key(environment, start)}"
+    tag = f"localhost/katcore-environment:{content_key(environment, start)}"
     found = engine.image(tag)
     if found is None:
         try:
-            _build(engine, tag, environment, _on(text, start), network)
+            engine.build(tag, environment, _on(text, start), network)
         except TaskError as error:
             raise TaskError(f"{path} (FROM {', '.join(parents)}): {error}") from error
         found = engine.image(tag)
@@ -73,32 +77,26 @@ def _on(text: str, start: str) -> str:
     """The Dockerfile as the engine can build it."""
     if not start:
         return text
-    return _FROM.sub(lambda found: f"FROM {start}{found[2]}", text)
-
-
-def _build(engine: Engine, tag: str, environment: Path, text: str, network: str) -> None:
-    with tempfile.NamedTemporaryFile("w", prefix="katcore-Dockerfile-") as file:
-        file.write(text)
-        file.flush()
-        engine.build(tag, environment, Path(file.name), network)
+    env = " ".join(f"{name}={value}" for name, value in _environment().items())
+    return _FROM.sub(lambda found: f"FROM {start}{found[2]}\nENV {env}", text)
 
 
 def _built(tag: str, config: dict[str, Any], *, on_host: bool) -> Built:
     env = tuple(config.get("Env") or ())
-    return Built(tag, env, config.get("WorkingDir") or "/", on_host)
+    workdir = config.get("WorkingDir") or "/"
+    return Built(tag, env, workdir, on_host, has_check=bool(config.get("Healthcheck")))
 
 
 def _host(engine: Engine, images: Path, mark: str) -> str:
     """The image of the base layer: folders, links and a small /etc. Its programs are mounted, not copied."""
     layer = host.base_layer(images, mark)
-    tag = f"katcore-host:{layer.name}"
+    tag = f"localhost/katcore-{layer.name}:latest"
     if engine.image(tag) is None:
         with tempfile.NamedTemporaryFile(prefix="katcore-host-") as file:
             with tarfile.open(fileobj=file, mode="w") as tar:
                 tar.add(layer, ".", filter=_of_root)
             file.flush()
-            env = [f"ENV {name}={value}" for name, value in _environment().items()]
-            engine.load(tag, Path(file.name), env)
+            engine.load(tag, Path(file.name))
     return tag
 
 
