@@ -4,6 +4,7 @@ A task that was made of a repository's past is made of a clone that knows the fu
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 _PARTS = ({"objects", "refs"}, {"info", "pack"})
@@ -14,7 +15,10 @@ SCRIPT = Path(__file__).with_name("history.sh").read_text()
 
 def has_repository(layer: Path) -> bool:
     """Whether there is a git repository in a folder, with a working tree or bare, or only its objects."""
-    return any(
-        ".git" in (*folders, *files) or any(part <= {*folders} for part in _PARTS)
-        for _, folders, files in os.walk(layer)
-    )
+    return any(is_repository(folders, files) for _, folders, files in os.walk(layer))
+
+
+def is_repository(folders: Iterable[str], files: Iterable[str]) -> bool:
+    """Whether a folder is or has one, by the names of the folders and files in it."""
+    inner = {*folders}
+    return ".git" in (*inner, *files) or any(part <= inner for part in _PARTS)

@@ -154,7 +154,8 @@ class ImageStore:
             return known[1]
         dockerfile = parse(environment / "Dockerfile")
         parent = self._parent(dockerfile, environment)
-        key = _key(parent, environment, "" if keeps_history else history.SCRIPT)
+        afterwards = "" if keeps_history else history.SCRIPT
+        key = content_key(environment, f"{parent.key}\0{afterwards}")
         path = self._root / "built" / f"{key}.json"
         if not self._is_built(path):
             with self._lock(key):
@@ -260,8 +261,9 @@ class ImageStore:
             yield
 
 
-def _key(parent: Image, environment: Path, afterwards: str) -> str:
-    digest = hashlib.sha256(f"{parent.key}\0{afterwards}".encode())
+def content_key(environment: Path, start: str) -> str:
+    """The hash of all files of an environment folder, and of what its image starts from."""
+    digest = hashlib.sha256(start.encode())
     for path in sorted(environment.rglob("*")):
         name = str(path.relative_to(environment))
         mode = path.lstat().st_mode

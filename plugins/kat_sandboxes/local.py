@@ -8,16 +8,14 @@ isolate, opening fails; nothing ever runs unisolated instead.
 
 import asyncio
 import contextlib
-import errno
 import itertools
 import json
 import os
 import platform
 import secrets
 import socket
-import struct
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,34 +24,24 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from kat_sandboxes import capacity, host, reap
-from kat_sandboxes.zygote import frame
+from kat_sandboxes.client import START_TIMEOUT_S, ChannelSandbox
+from kat_sandboxes.failure import no_room_said
 from katcore.config import home
 from katcore.errors import (
-    EvictedError,
     ImageMissingError,
-    NoCapacityError,
-    OutOfDiskError,
-    OutOfMemoryError,
     SandboxElsewhereError,
     SandboxError,
     SandboxGoneError,
-    SandboxTimeoutError,
     SandboxUnavailableError,
-    StartTimeoutError,
 )
 from katcore.protocols import Sandbox
 from katcore.sandbox.image import Image, ImageStore
 from katcore.sandbox.process import Process
 from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
-from katcore.schema.rollout import ExecResult
 from katcore.schema.task import SandboxSpec
 
-_START_TIMEOUT_S = 60.0
 _BUSY_S = 0.002
-_NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EUSERS}
-"""What the kernel says if processes, memory, namespaces, mounts or descriptors are used up."""
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PLAIN = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -61,7 +49,6 @@ _PLAIN = {
     "TZ": "UTC",
 }
 """The environment in an image that brings its own programs."""
-_DOOR, _SENDER = struct.Struct("i"), struct.Struct("3i")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.server import main; main()"
 
 
@@ -77,183 +64,33 @@ class LocalConfig(BaseModel):
     scaffolds: Path | None = None
 
 
-class LocalSandbox:
-    """One open sandbox. Requests are served one at a time."""
+class LocalSandbox(ChannelSandbox):
+    """A sandbox whose handle is its first process, and whose files others can start from."""
 
     def __init__(
         self,
         channel: socket.socket,
-        end: Callable[[], Awaitable[str]],
+        cause: Callable[[], Awaitable[str]],
         keep: Callable[[bytes], contextlib.AbstractAsyncContextManager[str]],
     ) -> None:
-        self._channel = channel
-        self._end = end
+        super().__init__(channel, cause)
         self._keep = keep
-        self._door: socket.socket | None = None
         self._machine: Process | None = None
-        self._lock = asyncio.Lock()
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
 
     async def ready(self) -> None:
         """Wait until the machine is set up."""
-        self._channel.setblocking(False)
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                data = await self._first()
-                self._reader, self._writer = await asyncio.open_connection(sock=self._channel)
-                self._reader.feed_data(data)
-                head, _ = await self._receive()
-        except TimeoutError as error:
-            raise StartTimeoutError(
-                f"the sandbox was not ready within {_START_TIMEOUT_S:g} s"
-            ) from error
-        except asyncio.IncompleteReadError as error:
-            raise await self._why("its start") from error
-        if "error" in head:
-            raise _setup_failed(head)
-
-    async def _first(self) -> bytes:
-        """The beginning of the first message. With it come its sender's pid, and the door if there is one."""
-        loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-
-        def wake() -> None:
-            if not readable.done():
-                readable.set_result(None)
-
-        loop.add_reader(self._channel, wake)
-        try:
-            await readable
-        finally:
-            loop.remove_reader(self._channel)
-        room = sum(socket.CMSG_SPACE(item.size) for item in (_DOOR, _SENDER))
-        data, attached, _, _ = self._channel.recvmsg(1 << 16, room)
-        self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        for _, kind, content in attached:
-            if kind == socket.SCM_RIGHTS:
-                self._door = socket.socket(fileno=_DOOR.unpack(content)[0])
-            elif data:
-                self._machine = _process(_SENDER.unpack(content)[0])
-        return data
+        await super().ready()
+        self._machine = _process(self.sender)
 
     def handle(self) -> str:
         """See `SupportsHandle`: its first process."""
         return str(self._machine)
-
-    def door(self) -> tuple[socket.socket, str]:
-        """See `SupportsDoor`."""
-        door, self._door = self._door, None
-        if door is None:
-            raise SandboxError("the sandbox was opened without a door, or it is taken")
-        return door, f"http://127.0.0.1:{frame.DOOR}"
-
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
-    ) -> ExecResult:
-        """See `Sandbox.exec`. Output beyond 1 MiB per stream is dropped, and the result says so.
-
-        Cancelled, it kills the command and all that it started.
-        """
-        request = {"argv": list(argv), "cwd": cwd, "env": dict(env or {}), "timeout_s": timeout_s}
-        head, body = await self._ask("exec", request, timeout_s=timeout_s)
-        if head.get("error") == "timeout":
-            raise SandboxTimeoutError(f"{argv[0]}: ran past its {timeout_s:g} s; all is killed")
-        split = head["stdout"]
-        return ExecResult(head["code"], body[:split], body[split:], head["truncated"])
-
-    async def read(self, path: str) -> bytes:
-        """See `Sandbox.read`."""
-        return (await self._ask("read", {"path": path}))[1]
-
-    async def write(self, path: str, data: bytes) -> None:
-        """See `Sandbox.write`."""
-        await self._ask("write", {"path": path}, data)
-
-    async def changes(self) -> bytes:
-        """See `SupportsChanges`: a tar archive; deleted paths carry a pax header."""
-        return (await self._ask("changes", {}))[1]
-
-    async def apply(self, changes: bytes) -> None:
-        """See `SupportsChanges`."""
-        await self._ask("apply", {}, changes)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[str]:
         """See `SupportsSnapshot`: a layer on disk, on top of those of its image."""
         async with self._keep(await self.changes()) as name:
             yield name
-
-    def close(self) -> None:
-        """Let go of the channel; the machine ends at its end of stream."""
-        if self._writer:
-            self._writer.transport.abort()
-        if self._door:
-            self._door.close()
-        self._channel.close()
-
-    async def _ask(
-        self, do: str, head: dict[str, Any], body: bytes = b"", *, timeout_s: float = 60.0
-    ) -> tuple[dict[str, Any], bytes]:
-        """Ask and wait. One that is cancelled is still answered, before the next is asked."""
-        await self._lock.acquire()
-        if self._writer is None:
-            self._lock.release()
-            raise SandboxGoneError("the sandbox is not open")
-        self._writer.write(frame.pack({"do": do, **head}, body))
-        exchange = asyncio.create_task(self._exchange(do, timeout_s + 30))
-        exchange.add_done_callback(self._exchanged)
-        try:
-            reply = await asyncio.shield(exchange)
-        except asyncio.CancelledError:
-            if do == "exec":
-                self._writer.write(frame.pack({"do": "kill"}))
-            raise
-        if reply[0].get("error") == "os":
-            if do != "read" and reply[0]["errno"] in _FULL:
-                raise OutOfDiskError(f"{do}: {reply[0]['reason']}")
-            raise OSError(reply[0]["errno"], reply[0]["reason"])
-        if reply[0].get("error") == "value":
-            raise ValueError(reply[0]["reason"])
-        if reply[0].get("error") == "setup":
-            raise SandboxGoneError(f"the sandbox failed: {reply[0]['reason']}")
-        return reply
-
-    def _exchanged(self, exchange: "asyncio.Task[tuple[dict[str, Any], bytes]]") -> None:
-        self._lock.release()
-        if not exchange.cancelled():
-            exchange.exception()
-
-    async def _exchange(self, do: str, timeout_s: float) -> tuple[dict[str, Any], bytes]:
-        assert self._writer
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._writer.drain()
-                return await self._receive()
-        except TimeoutError as error:
-            raise SandboxGoneError(f"the sandbox did not answer within {timeout_s:g} s") from error
-        except (OSError, asyncio.IncompleteReadError) as error:
-            raise await self._why(do) from error
-
-    async def _receive(self) -> tuple[dict[str, Any], bytes]:
-        assert self._reader
-        lengths = frame.lengths(await self._reader.readexactly(frame.HEADER_BYTES))
-        head = json.loads(await self._reader.readexactly(lengths[0]))
-        return head, await self._reader.readexactly(lengths[1])
-
-    async def _why(self, do: str) -> SandboxGoneError:
-        """What became of a machine that does not answer any more."""
-        cause = await self._end()
-        if cause == "memory":
-            return OutOfMemoryError(f"the sandbox ran out of memory during {do}; raise its limit")
-        if cause == "killed":
-            return EvictedError(f"the sandbox was killed from outside during {do}")
-        return SandboxGoneError(f"the sandbox died during {do}")
 
 
 class LocalBackend:
@@ -316,7 +153,7 @@ class LocalBackend:
 
     @asynccontextmanager
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
-        with _no_room_said():
+        with no_room_said():
             await self._start()
             image = await self._start_image(spec)
         async with self._machine(spec, image) as sandbox:
@@ -325,7 +162,7 @@ class LocalBackend:
     @asynccontextmanager
     async def _machine(self, spec: SandboxSpec, image: Image) -> AsyncIterator[LocalSandbox]:
         identifier = next(self._ids)
-        with _no_room_said():
+        with no_room_said():
             mine, theirs = socket.socketpair()
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         request = {
@@ -388,7 +225,7 @@ class LocalBackend:
     @asynccontextmanager
     async def _keep(self, image: Image, changes: bytes) -> AsyncIterator[str]:
         name = f"{reap.SNAPSHOT}{self._mark}-{next(self._ids)}"
-        with _no_room_said():
+        with no_room_said():
             made = await asyncio.to_thread(self._store.snapshot, image, name, changes)
         self._snapshots[name] = made
         try:
@@ -456,7 +293,7 @@ class LocalBackend:
                 env={"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
-        requests.settimeout(_START_TIMEOUT_S)
+        requests.settimeout(START_TIMEOUT_S)
         requests.send(json.dumps(self._settings()).encode())
         answer = json.loads(requests.recv(1 << 16) or b'{"error": "it ended at once"}')
         if "error" in answer:
@@ -488,25 +325,6 @@ class LocalBackend:
             "interpreter": host.import_path(),
             "overlay": ",userxattr" if os.geteuid() else "",
         }
-
-
-def _setup_failed(head: dict[str, Any]) -> SandboxError:
-    if head["errno"] in _NO_ROOM:
-        return NoCapacityError(f"this machine has no room for another sandbox: {head['reason']}")
-    return SandboxUnavailableError(f"the sandbox could not be set up: {head['reason']}")
-
-
-@contextlib.contextmanager
-def _no_room_said() -> Iterator[None]:
-    """While the host prepares a sandbox: its disk may be full, or its descriptors used up."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise OutOfDiskError(f"no image can be made: {error}") from error
-        if error.errno in _NO_ROOM:
-            raise NoCapacityError(f"this machine has no room for a sandbox: {error}") from error
-        raise
 
 
 def _process(pid: int) -> Process:

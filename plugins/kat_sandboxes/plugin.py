@@ -9,8 +9,11 @@ from katcore.protocols import SandboxBackend
 
 @hookimpl
 def katcore_sandboxes() -> Iterable[Offer[Any, SandboxBackend]]:
-    """The local backend."""
+    """This machine's namespaces, or a container engine."""
+    from kat_sandboxes.docker.config import DockerConfig, make_docker
     from kat_sandboxes.local import LocalBackend, LocalConfig
 
     summary = "Linux namespaces on this machine; no daemon"
     yield Offer("local", LocalConfig, LocalBackend, summary)
+    summary = "containers of an engine on this machine: Docker, or podman by its API"
+    yield Offer("docker", DockerConfig, make_docker, summary)

@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,8 @@ import pytest_asyncio
 from kat_sandboxes.local import LocalBackend, LocalConfig
 from katcore.protocols import Sandbox
 from katcore.schema.task import SandboxSpec
+from tests.conftest import NOT_RUN
+from tests.kat_sandboxes.engine import Dockerd, NoEngineError, answering, prepared
 from tests.kat_sandboxes.machines import environment
 
 
@@ -32,3 +34,22 @@ async def backend(images: Path) -> AsyncIterator[LocalBackend]:
 async def sandbox(backend: LocalBackend, plain: SandboxSpec) -> AsyncIterator[Sandbox]:
     async with backend.open(plain) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[str]:
+    """The address of a container engine that has the base image. Without one, the run's last lines say so."""
+    found = answering()
+    own: Dockerd | None = None
+    try:
+        if found is None:
+            own = Dockerd()
+            own.start()
+            found = own.url
+        with prepared(found):
+            yield found
+    except NoEngineError as error:
+        pytest.skip(f"{NOT_RUN}: {error}")
+    finally:
+        if own:
+            own.close()

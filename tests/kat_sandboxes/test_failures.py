@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kat_sandboxes import local
+from kat_sandboxes import client
 from kat_sandboxes.local import LocalBackend, LocalConfig, LocalSandbox
 from katcore.errors import (
     EvictedError,
@@ -93,7 +93,7 @@ async def test_one_that_takes_too_long_to_start(
 ) -> None:
     async with backend.open(plain):
         pass
-    monkeypatch.setattr(local, "_START_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(client, "START_TIMEOUT_S", 0.0)
     with pytest.raises(StartTimeoutError, match="within 0 s"):
         async with backend.open(plain):
             pass

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kat_sandboxes.local import LocalBackend
-from kat_sandboxes.zygote import machine
+from kat_sandboxes.zygote import sandbox as inside
 from katcore.protocols import Sandbox
 from katcore.schema.task import SandboxSpec
 from tests.kat_sandboxes.machines import bash, output, python
@@ -156,7 +156,7 @@ async def test_sockets_that_no_network_namespace_holds_are_refused(sandbox: Sand
 
 
 async def test_what_proc_says_of_the_machine_is_masked(sandbox: Sandbox) -> None:
-    names = [name for name in machine._MASKED if name in os.listdir("/proc")]
+    names = [name for name in inside._MASKED if name in os.listdir("/proc")]
     assert names
     assert await output(sandbox, f"cd /proc; head -qc 10 {' '.join(names)}") == ""
 

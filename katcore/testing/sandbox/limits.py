@@ -80,11 +80,19 @@ class Limits(Declared):
             await output(sandbox, "rm big; echo x > small")
 
     @needs("has_disk_limit")
+    async def test_all_files_together_are_held_to_its_disk(
+        self, backend: SandboxBackend, spec: SandboxSpec
+    ) -> None:
+        async with backend.open(replace(spec, disk_mib=8)) as sandbox:
+            command = "for i in 1 2 3 4 5; do head -c 3000000 /dev/zero > part$i || exit 1; done"
+            assert (await sh(sandbox, command)).exit_code != 0
+
+    @needs("has_disk_limit")
     async def test_writing_beyond_its_disk_says_so(
         self, backend: SandboxBackend, spec: SandboxSpec
     ) -> None:
         async with backend.open(replace(spec, disk_mib=8)) as sandbox:
-            with pytest.raises(OSError, match=r"No space left|too large"):
+            with pytest.raises(OSError, match=r"No space left|too large|quota exceeded"):
                 await sandbox.write(f"{self.workdir}/big", bytes(16 << 20))
             await sandbox.write(f"{self.workdir}/big", b"small")
             assert await sandbox.read(f"{self.workdir}/big") == b"small"

@@ -1,6 +1,7 @@
 """What was changed inside a sandbox, as a tar archive; and making the same changes elsewhere."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -31,13 +32,7 @@ class Root:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for path, is_deleted in self._changed(""):
-                if is_deleted:
-                    entry = tarfile.TarInfo(path)
-                    entry.pax_headers = {DELETED: "1"}
-                    tar.addfile(entry)
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        _add(tar, path)
+                add(tar, path, is_deleted=is_deleted)
         return buffer.getvalue()
 
     def _changed(self, folder: str) -> Iterator[tuple[str, bool]]:
@@ -51,7 +46,7 @@ class Root:
             yield path, False
             mode = os.stat(path, dir_fd=self._upper, follow_symlinks=False).st_mode
             if stat.S_ISDIR(mode):
-                with _unlocked(f"/{path}"):
+                with unlocked(f"/{path}"):
                     yield from self._changed(path)
 
     def _beneath(self, folder: str) -> set[str]:
@@ -71,7 +66,7 @@ class Root:
 
 
 @contextlib.contextmanager
-def _unlocked(path: str) -> Iterator[None]:
+def unlocked(path: str) -> Iterator[None]:
     """Give the owner access meanwhile: without capabilities root too is held to the mode."""
     mode = os.lstat(path).st_mode
     needed = 0o700 if stat.S_ISDIR(mode) else 0o400 if stat.S_ISREG(mode) else 0
@@ -85,12 +80,23 @@ def _unlocked(path: str) -> Iterator[None]:
             os.chmod(path, stat.S_IMODE(mode))
 
 
-def _add(tar: tarfile.TarFile, path: str) -> None:
+def add(tar: tarfile.TarFile, path: str, *, is_deleted: bool) -> None:
+    """Put one changed path, relative to the root, into an archive. If it is gone by now, it is left out."""
+    if is_deleted:
+        entry = tarfile.TarInfo(path)
+        entry.pax_headers = {DELETED: "1"}
+        tar.addfile(entry)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        _add_there(tar, path)
+
+
+def _add_there(tar: tarfile.TarFile, path: str) -> None:
     entry: tarfile.TarInfo | None = tar.gettarinfo(f"/{path}", path)
     if entry is None:  # a socket, which no archive can hold
         return
     if entry.isreg():
-        with _unlocked(f"/{path}"), open(f"/{path}", "rb") as file:
+        with unlocked(f"/{path}"), open(f"/{path}", "rb") as file:
             tar.addfile(entry, file)
     else:
         tar.addfile(entry)
@@ -107,13 +113,24 @@ def apply(archive: bytes) -> None:
                 if is_folder:
                     shutil.rmtree(path)
                 else:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+                    _unlink(path)
             if DELETED not in member.pax_headers:
                 tar.extract(member, "/", set_attrs=not member.isdir(), filter="fully_trusted")
-            if member.isdir():
+            # A folder of somebody else's is listed for what is in it: nobody here can have changed itself.
+            if member.isdir() and os.lstat(path).st_uid == os.geteuid():
                 os.chmod(path, 0o700)
                 folders.append(member)
         for member in reversed(folders):
             tar.chmod(member, f"/{member.name}")
             tar.utime(member, f"/{member.name}")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        # A file that is mounted by itself, as containers have in /etc: extracting writes into it.

@@ -1,4 +1,4 @@
-"""Pid 1 of one sandbox: builds its root, gives up all privileges, then serves requests until end of stream.
+"""Serves the requests of a sandbox's backend, as its pid 1, until end of stream.
 
 Nothing that runs in the sandbox can look into this process (it is not dumpable) or signal it (it is pid 1).
 """
@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,72 +21,24 @@ from kat_sandboxes.zygote import files, frame, kernel, seccomp, warm
 
 OUTPUT_LIMIT = 1 << 20
 _FILTER = seccomp.program()
-_MASKED = (
-    "kallsyms", "keys", "key-users", "kpagecgroup", "kpagecount", "kpageflags", "pagetypeinfo", "slabinfo",
-    "timer_list", "vmallocinfo",
-)  # fmt: skip
-"""What /proc says of the whole machine, to root even without capabilities; no program needs it."""
 
 
-def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
-    """Enter a private root over the spec's layers; returns descriptors of its upper and lower folders."""
-    options = f"size={spec['disk_mib']}m,mode=755"
-    kernel.mount("tmpfs", "/stage", "tmpfs", kernel.NO_SUID | kernel.NO_DEV, options)
-    os.chdir("/stage")
-    for folder in ("upper", "work", "root"):
-        os.mkdir(folder)
-    layers = spec["layers"]
-    options = f"lowerdir={':'.join(layers)},upperdir=upper,workdir=work"
-    kernel.mount(
-        "overlay", "root", "overlay", kernel.NO_SUID | kernel.NO_DEV, options + spec["overlay"]
-    )
-    for folder in spec["shared"]:
-        kernel.mount(folder, f"root{folder}", flags=kernel.BIND | kernel.RECURSIVE)
-    if spec["tools"]:
-        kernel.mount(spec["tools"], "root/opt/scaffold", flags=kernel.BIND | kernel.RECURSIVE)
-    flags = kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC | kernel.READ_ONLY
-    kernel.mount("proc", "root/proc", "proc", flags)
-    for name in _MASKED:
-        if os.path.exists(f"root/proc/{name}"):
-            kernel.mount("/dev/null", f"root/proc/{name}", flags=kernel.BIND)
-    upper = os.open("upper", os.O_PATH | os.O_DIRECTORY)
-    lowers = [os.open(layer, os.O_PATH | os.O_DIRECTORY) for layer in layers]
-    kernel.enter_root("root")
-    return upper, lowers
+def doors(spec: dict[str, Any]) -> list[socket.socket]:
+    """The listening socket of the door, if there is to be one."""
+    has_door = spec["has_door"]
+    return [socket.create_server(("127.0.0.1", frame.DOOR), backlog=64)] if has_door else []
 
 
-def run(channel: socket.socket, spec: dict[str, Any]) -> None:
-    """The whole life of a sandbox. Never returns."""
-    try:
-        # The server has a descriptor or two for each sandbox; here, all have to be ones that select(2) takes.
-        low = channel.dup()
-        channel.close()
-        channel = low
-        kernel.die_with_parent()
-        os.setsid()
-        socket.sethostname("sandbox")
-        upper, lowers = build_root(spec)
-        kernel.loopback_up()
-        listener = socket.create_server(("127.0.0.1", warm.PORT), backlog=64)
-        doors = (
-            [socket.create_server(("127.0.0.1", frame.DOOR), backlog=64)]
-            if spec["has_door"]
-            else []
-        )
-        for name, limit in (("CORE", 0), ("NOFILE", 1024), ("FSIZE", spec["disk_mib"] << 20)):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-        kernel.drop_privileges()
-        kernel.set_dumpable(is_dumpable=False)
-        kernel.install_filter(_FILTER)
-        machine = Machine(channel, listener, spec, files.Root(upper, lowers))
-        socket.send_fds(channel, [frame.pack({"ok": True})], [door.fileno() for door in doors])
-        for door in doors:
-            door.close()
-        machine.serve()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
-        with contextlib.suppress(OSError):
-            channel.sendall(frame.failed(error))
-    os._exit(0)
+def limit(disk_mib: int) -> None:
+    """What the kernel limits per process: core files, open files, the size of a file."""
+    for name, most in (("CORE", 0), ("NOFILE", 1024), ("FSIZE", disk_mib << 20)):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def lock() -> None:
+    """Hide this process from the sandbox, and deny it and all that it starts the dangerous system calls."""
+    kernel.set_dumpable(is_dumpable=False)
+    kernel.install_filter(_FILTER)
 
 
 @dataclass
@@ -114,21 +67,24 @@ class _Command:
 
 
 class Machine:
-    """Serves one request at a time; between and meanwhile, Python commands from inside."""
+    """Serves one request at a time; between and meanwhile, Python commands from inside, if it has `python`.
+
+    `spec` has `env` and `workdir`. `changes` is given the body of the request.
+    """
 
     def __init__(
         self,
         channel: socket.socket,
-        listener: socket.socket,
         spec: dict[str, Any],
-        root: files.Root,
+        changes: Callable[[bytes], bytes],
+        python: warm.Python | None = None,
     ) -> None:
         self._channel = channel
         self._env: dict[str, str] = spec["env"]
         self._workdir: str = spec["workdir"]
-        self._root = root
+        self._changes = changes
         self._command: _Command | None = None
-        self._python = warm.Python(listener, (channel, root), tuple(spec["interpreter"]))
+        self._python = python
         self._wake, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -137,7 +93,8 @@ class Machine:
         """Until the other end closes."""
         while True:
             command = self._command
-            watched: list[Any] = [self._wake, self._channel, *self._python.watched()]
+            watched: list[Any] = [self._wake, self._channel]
+            watched += self._python.watched() if self._python else []
             watched += list(command.pipes) if command else []
             timeout = max(0.0, command.deadline - time.monotonic()) if command else None
             ready = select.select(watched, (), (), timeout)[0]
@@ -147,7 +104,7 @@ class Machine:
                 for pipe in [pipe for pipe in command.pipes if pipe in ready]:
                     command.drain(pipe)
             for item in ready:
-                if isinstance(item, socket.socket) and item is not self._channel:
+                if self._python and isinstance(item, socket.socket) and item is not self._channel:
                     self._python.handle(item)
             self._reap()
             if self._command and time.monotonic() >= self._command.deadline:
@@ -163,7 +120,7 @@ class Machine:
                     return
                 code = os.waitstatus_to_exitcode(status)
                 code = code if code >= 0 else 128 - code
-                self._python.exited(pid, code)
+                self._exited(pid, code)
                 if self._command and pid == self._command.pid:
                     self._end(code=code)
 
@@ -187,7 +144,11 @@ class Machine:
             os.kill(-1, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:
-                self._python.exited(os.waitpid(-1, 0)[0], 128 + signal.SIGKILL)
+                self._exited(os.waitpid(-1, 0)[0], 128 + signal.SIGKILL)
+
+    def _exited(self, pid: int, code: int) -> None:
+        if self._python:
+            self._python.exited(pid, code)
 
     def _request(self) -> bool:
         message = frame.receive(self._channel)
@@ -264,7 +225,7 @@ class Machine:
         return frame.pack({"ok": True})
 
     def _do_changes(self, head: dict[str, Any], body: bytes) -> bytes:
-        return frame.pack({"ok": True}, self._root.changes())
+        return frame.pack({"ok": True}, self._changes(body))
 
     def _do_apply(self, head: dict[str, Any], body: bytes) -> bytes:
         files.apply(body)

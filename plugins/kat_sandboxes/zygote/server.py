@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any
 
-from kat_sandboxes.zygote import cgroups, frame, kernel, machine, warm
+from kat_sandboxes.zygote import cgroups, frame, kernel, sandbox, warm
 
 _NAMESPACES = kernel.NEW_NS | kernel.NEW_PID | kernel.NEW_UTS | kernel.NEW_IPC | kernel.NEW_NET
 
@@ -129,7 +129,7 @@ class Server:
             if pid == 0:
                 self._requests.close()
                 self._groups.join(group)
-                machine.run(channel, spec)
+                sandbox.run(channel, spec)
             self._open[request["id"]] = (pid, group)
         channel.close()
 

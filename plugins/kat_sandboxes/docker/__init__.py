@@ -1,0 +1,1 @@
+"""The `docker` backend: containers of an engine that speaks Docker's API, also podman's."""

@@ -1,0 +1,128 @@
+"""What a sandbox is to the engine: a container that can do nothing but serve its channel."""
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kat_sandboxes import failure
+from kat_sandboxes.client import ChannelSandbox
+from kat_sandboxes.docker import bundle
+from kat_sandboxes.docker.engine import Engine, binds
+from kat_sandboxes.docker.image import Built
+from katcore.errors import SandboxError, SandboxGoneError
+from katcore.schema.task import SandboxSpec
+
+_CHANNEL = "/.kat/channel"
+_SOCKET = "socket"
+_SHARED_MEMORY_MIB = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is settled when a container is made; two sandboxes of one shape can have each other's."""
+
+    image: Built
+    memory_mib: int
+    max_processes: int
+    disk_mib: int
+    tools: Path | None
+
+    @classmethod
+    def of(cls, spec: SandboxSpec, image: Built) -> "Shape":
+        """The shape of what a spec asks for."""
+        tools = spec.tools.resolve() if spec.tools else None
+        return cls(image, spec.memory_mib, spec.max_processes, spec.disk_mib, tools)
+
+
+class DockerSandbox(ChannelSandbox):
+    """A container. Its commands do not pass through the engine, and go on without it."""
+
+    def __init__(self, channel: socket.socket, engine: Engine, name: str) -> None:
+        super().__init__(channel, lambda: cause_of(engine, name))
+        self._engine = engine
+        self._name = name
+
+    def handle(self) -> str:
+        """See `SupportsHandle`: the container's name."""
+        return self._name
+
+    async def changes(self) -> bytes:
+        """See `SupportsChanges`; the engine says which paths differ from the image."""
+        try:
+            listed = await self._engine.call(self._engine.changes, self._name)
+        except SandboxGoneError as error:
+            raise failure.gone(await cause_of(self._engine, self._name), "changes") from error
+        return (await self._ask("changes", {}, json.dumps(listed).encode()))[1]
+
+
+async def cause_of(engine: Engine, name: str) -> str:
+    """What ended a container: "memory", "killed", or "" if it is not known."""
+    try:
+        return await engine.call(engine.cause, name)
+    except SandboxError:
+        return ""
+
+
+def listen(folder: Path) -> socket.socket:
+    """The socket that a container finds in its channel folder, for one connection."""
+    # Whatever user the container's is, it has to get in; nobody else does, since the parent is closed.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.chmod(0o700)
+    folder.mkdir()
+    folder.chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        # By its descriptor: a socket's path has to be short.
+        listener.bind(f"/proc/self/fd/{descriptor}/{_SOCKET}")
+    finally:
+        os.close(descriptor)
+    (folder / _SOCKET).chmod(0o666)
+    listener.listen(1)
+    listener.setblocking(False)
+    return listener
+
+
+def forget(folder: Path) -> None:
+    """Remove a channel folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def hello(shape: Shape, spec: SandboxSpec) -> dict[str, Any]:
+    """What the agent is told first."""
+    env = dict(item.split("=", 1) for item in shape.image.env if "=" in item)
+    workdir = {"workdir": shape.image.workdir, "disk_mib": shape.disk_mib}
+    return {"env": env, "has_door": spec.has_door, **workdir}
+
+
+def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -> dict[str, Any]:
+    """ContainerCreate in Docker's API. `mounts`: further folders of the machine by where they are shown."""
+    memory = shape.memory_mib << 20
+    shown = {bundle.INSIDE: str(agent), _CHANNEL: str(channel), **mounts}
+    if shape.tools:
+        shown["/opt/scaffold"] = str(shape.tools)
+    return {
+        "Image": shape.image.tag,
+        "Hostname": "sandbox",
+        "Entrypoint": bundle.command(agent, f"{_CHANNEL}/{_SOCKET}"),
+        # Of the image's variables, this one would reach into the agent.
+        "Env": ["LD_PRELOAD="],
+        "Healthcheck": {"Test": ["NONE"]} if shape.image.has_check else None,
+        "HostConfig": {
+            "AutoRemove": True,
+            "NetworkMode": "none",
+            "IpcMode": "private",
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "PidsLimit": shape.max_processes,
+            "Memory": memory,
+            "MemorySwap": memory,
+            "ShmSize": min(_SHARED_MEMORY_MIB, shape.disk_mib) << 20,
+            "LogConfig": {"Type": "none"},
+            "Mounts": binds(shown),
+        },
+    }
