@@ -29,7 +29,7 @@ def takes_trees(model: Any, trees: Trees = "auto") -> bool:
     if reason and trees == "required":
         raise StageError(
             f"{type(model).__name__} cannot be trained on token trees: {reason};"
-            " with `trees: auto` it is trained on their branches, one by one"
+            " with `tree: auto` it is trained on their branches, one by one"
         )
     if reason:
         _log.warning(
