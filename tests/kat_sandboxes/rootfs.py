@@ -10,10 +10,10 @@ import tarfile
 from pathlib import Path
 
 _PROGRAMS = (
-    "awk basename bash cat chmod chown chroot cp cut date dd dirname du echo env expr false find git"
-    " grep head id kill ln ls mkdir mkfifo mknod mktemp mount mv nohup od printf ps pwd readlink"
-    " realpath rm rmdir sed seq setsid sh sha256sum sleep sort stat tail tar tee test timeout touch tr"
-    " true umount uname uniq unshare wc xargs"
+    "awk base64 basename bash cat chmod chown chroot cp cut date dd dirname du echo env expr false"
+    " find git git-upload-pack grep head id kill ln ls mkdir mkfifo mknod mktemp mount mv nohup od"
+    " printf ps pwd readlink realpath rm rmdir sed seq setsid sh sha256sum sleep sort stat tail tar"
+    " tee test timeout touch tr true umount uname uniq unshare wc xargs"
 )
 _FOLDERS = (
     "dev",
