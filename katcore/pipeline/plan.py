@@ -29,7 +29,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "synthesize": ("dataset", "sandbox"),
     "collect": _ROLLOUT,
     "sft": ("train",),
-    "rl": ("train", *_ROLLOUT, "pipeline.frontier"),
+    "rl": ("train", *_ROLLOUT, "pipeline.frontier", "pipeline.learner", "pipeline.prefill"),
     "distill": ("train", *_ROLLOUT, "pipeline.route"),
     "evaluate": _ROLLOUT,
     "gate": ("pipeline.statistic",),
@@ -127,9 +127,14 @@ def _expert_stages(
         stage(
             "collect", "base", "synthesize", config=rollout | _dump(preset, "collect"), uses=offers
         ),
-        stage("sft", "base", "collect", config=_dump(preset, "sft") | {"seed": seed}),
+        stage("sft", "base", "collect", config=_dump(preset, "sft", "balance") | {"seed": seed}),
         stage(
-            "rl", "sft", "synthesize", "collect", config=rollout | _dump(preset, "rl"), uses=offers
+            "rl",
+            "sft",
+            "synthesize",
+            "collect",
+            config=rollout | _dump(preset, "rl", "balance"),
+            uses=offers,
         ),
         stage(
             "evaluate",
@@ -160,7 +165,9 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
 
     prefix = UNIFIED
     return [
-        stage("sft", ["base", *of("collect")], _dump(preset, "student") | {"seed": seed}),
+        stage(
+            "sft", ["base", *of("collect")], _dump(preset, "student", "balance") | {"seed": seed}
+        ),
         stage(
             "distill",
             [
@@ -169,7 +176,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
                 *of("synthesize"),
                 *(of("evaluate") if _may_teach_all(preset) else ()),
             ],
-            rollout | _dump(preset, "distill") | {"by_expert": own},
+            rollout | _dump(preset, "distill", "balance") | {"by_expert": own},
             offers,
         ),
         stage(

@@ -61,6 +61,9 @@ def test_a_setting_changes_its_stage_and_what_comes_after(plugins: Plugins) -> N
     student = changed(plugins, student=SftSettings(steps=1))
     assert "unified.sft" in student
     assert not {name for name in student if name.startswith("terminal")}
+    balanced = changed(plugins, balance=0.01)
+    assert {"terminal.sft", "terminal.rl", "unified.sft", "unified.distill"} <= balanced
+    assert "terminal.collect" not in balanced
 
 
 def test_a_seed_is_another_run(plugins: Plugins) -> None:
