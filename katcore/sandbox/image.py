@@ -99,9 +99,8 @@ class ImageStore:
 
     def snapshot(self, image: Image, key: str, changes: bytes) -> Image:
         """An image and what was changed in a sandbox of it; `drop` removes it."""
-        prefix = f"{BUILDING}{self._mark}-"
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
-            top = Path(folder) / "layer"
+        with self._building() as folder:
+            top = folder / "layer"
             _extract(changes, top)
             layer = self._keep(top, key)
         return replace(image, key=key, layers=(layer, *image.layers))
@@ -115,9 +114,8 @@ class ImageStore:
         (layer,) = image.layers
         with self._lock(layer):
             if not (self._root / "layers" / layer).exists():
-                prefix = f"{BUILDING}{self._mark}-"
-                with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
-                    top = Path(folder) / "layer"
+                with self._building() as folder:
+                    top = folder / "layer"
                     top.mkdir(mode=0o755)
                     write(top)
                     self._keep(top, layer)
@@ -198,9 +196,8 @@ class ImageStore:
         run: Runner | None,
     ) -> Image:
         workdir, env, layers = parent.workdir, dict(parent.env), parent.layers
-        prefix = f"{BUILDING}{self._mark}-"
-        with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
-            top = Path(folder) / "layer"
+        with self._building() as folder:
+            top = folder / "layer"
             top.mkdir(mode=0o755)
             for step in dockerfile.steps:
                 if step.verb == "WORKDIR":
@@ -219,7 +216,7 @@ class ImageStore:
                             " build this image through one"
                         )
                     layers = (self._keep(top, f"{key[:24]}-{step.line}"), *layers)
-                    top = Path(folder) / f"layer-{step.line}"
+                    top = folder / f"layer-{step.line}"
                     so_far = Image(key, layers, env, workdir, parent.is_whole)
                     _extract(run(so_far, step.arguments[0]), top)
             layers = (self._keep(top, key), *layers)
@@ -237,14 +234,19 @@ class ImageStore:
                 f"{environment}: it has a git repository, whose later history has to be taken out in"
                 " a sandbox; build this image through a backend"
             )
-        with tempfile.TemporaryDirectory(
-            dir=self._root, prefix=f"{BUILDING}{self._mark}-"
-        ) as folder:
-            top = Path(folder) / "layer"
+        with self._building() as folder:
+            top = folder / "layer"
             _extract(run(image, f"exec bash -c {shlex.quote(history.SCRIPT)}"), top)
             return replace(
                 image, layers=(self._keep(top, f"{image.key[:24]}-history"), *image.layers)
             )
+
+    @contextmanager
+    def _building(self) -> Iterator[Path]:
+        """A folder for what is not finished, which a sweep finds by its name."""
+        prefix = f"{BUILDING}{self._mark}-"
+        with tempfile.TemporaryDirectory(dir=self._root, prefix=prefix) as folder:
+            yield Path(folder)
 
     def _keep(self, folder: Path, key: str) -> str:
         target = self._root / "layers" / key
