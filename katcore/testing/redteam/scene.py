@@ -92,9 +92,10 @@ async def naively(sandbox: Sandbox, commands: Sequence[str], tests: str) -> tupl
         for command in commands
     ]
     judge = f"if ({tests}); then echo 1 > {REWARD}; else echo 0 > {REWARD}; fi"
-    script = f"mkdir -p /logs/verifier; {judge}; sleep 0.2"
-    await sandbox.exec(["bash", "-c", script], timeout_s=30)
-    return "\n".join(said), (await sandbox.read(REWARD)).decode().strip()
+    read = f'reward=$(cat {REWARD}); [ "$reward" = 1 ] && break; sleep 0.1'
+    script = f"mkdir -p /logs/verifier; {judge}; for n in $(seq 30); do {read}; done; echo reward $reward"
+    judged = await sandbox.exec(["bash", "-c", script], timeout_s=60)
+    return "\n".join(said), judged.stdout.decode().split()[-1]
 
 
 class Script:
