@@ -18,7 +18,7 @@ from katcore.train.objective import Loss, Objective, Terms, is_separable, token_
 from katcore.train.policy import logits_of
 
 MAX_LOGITS = 1 << 25
-"""128 MiB of them in float32; a loss takes some three to ten times as much."""
+"""128 MiB of them in float32; at its peak a loss takes five to eight times as much."""
 
 
 def backward(
