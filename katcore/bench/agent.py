@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
@@ -34,8 +35,18 @@ _END = 4
 _CHARS_PER_ID = 4
 _LETTERS = "etaoinshrdlucmfwypvbgk      \n{}()=._:/\"'0123456789"
 
-AGAIN, CUT, SUBAGENT, COMPACTION = 25, 60, 40, 250
-"""After so many turns each happens once more."""
+
+class Every(NamedTuple):
+    """After so many turns each happens once more."""
+
+    again: int = 25
+    cut: int = 60
+    subagent: int = 40
+    compaction: int = 250
+
+
+SELDOM = Every()
+
 _INNER = 8
 _OUTPUT = 520
 """Characters of a tool's output."""
@@ -73,8 +84,9 @@ class TalkEngine:
 class Agent:
     """Records a session into `log`."""
 
-    def __init__(self, log: Path, dialect: str, seed: int) -> None:
+    def __init__(self, log: Path, dialect: str, seed: int, every: Every = SELDOM) -> None:
         self._dialect = dialect
+        self._every = every
         self._parse, self._body = DIALECTS[dialect][0].parse, DIALECTS[dialect][1]
         self._choose = random.Random(seed)
         self._engine = TalkEngine(self._choose)
@@ -100,15 +112,15 @@ class Agent:
         turn = 0
         while len(self.calls) < num_calls:
             turn += 1
-            if turn % COMPACTION == 0:
+            if turn % self._every.compaction == 0:
                 history = await self._compacted(history)
-            if turn % CUT == 0:
+            if turn % self._every.cut == 0:
                 self._cut(history)
-            if turn % AGAIN == 0:
+            if turn % self._every.again == 0:
                 await self._say(history)
             answer = await self._say(history)
             result = self._text(_OUTPUT)
-            if turn % SUBAGENT == 0:
+            if turn % self._every.subagent == 0:
                 result = await self._delegated(answer)
             history += [answer, self._result(answer, result)]
 

@@ -1,10 +1,10 @@
 """`kat bench tree`: a step on a token tree beside the same step on its branches, and the bound of it.
 
-Each shape of tree is run in four ways, in turn: the tree, the tree in parts, its branches packed end to end,
-and its branches padded. All have the same loss, which is checked.
+Each tree is run in four ways, in turn: whole, in parts, its branches packed end to end, and its branches
+padded. All have the same loss, which is checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import isclose
 from statistics import geometric_mean, median
@@ -12,13 +12,16 @@ from typing import Any
 
 from katcore.bench.aim import Aim
 from katcore.bench.disk import machine
-from katcore.bench.shapes import SHAPES, tree
+from katcore.bench.recorded import recorded
+from katcore.bench.shapes import SHAPES, apart, tree
 from katcore.config import ModelSettings
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.train.measure import Steps, as_tree, in_packed, in_padded, in_parts, lines
 
 POR = (0.0, 0.3, 0.5, 0.7, 0.846, 0.9)
+_CALLS = {"agent": 12, "agent, long": 30}
+"""Shapes that are recorded, and of how many calls; the last one is the larger point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,15 @@ class Settings:
     """
 
     tokens: int = 2048
-    rounds: int = 3
-    hidden: int = 384
+    rounds: int = 5
+    hidden: int = 320
     layers: int = 8
     max_tokens: int = 8192
 
     @property
     def num_parts(self) -> int:
         """How many times a progress bar moves."""
-        return len(SHAPES) * len(POR)
+        return 1 + len(SHAPES) * (len(POR) - 1) + len(_CALLS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,20 @@ def run(settings: Settings, step: Callable[[str], None]) -> Report:
     )
     steps = Steps(model)
     rows = []
-    for shape, parents in SHAPES.items():
-        for por in POR:
-            step(f"{shape}, {por:.3g} shared")
-            sample = tree(parents(settings.tokens, por), model.vocabulary, seed=0)
-            rows.append(_row(steps, shape, sample, settings))
+    for shape, sample in _trees(settings.tokens, model.vocabulary):
+        step(shape)
+        rows.append(_row(steps, shape, sample, settings))
     size = sum(p.numel() for p in steps.model.parameters()) / 1e6
     return Report(machine() + ", one thread", f"{size:.1f} M parameters", rows, _aims(rows))
+
+
+def _trees(tokens: int, vocabulary: int) -> Iterator[tuple[str, Sample]]:
+    yield "apart", tree(apart(tokens), vocabulary, seed=0)
+    for shape, parents in SHAPES.items():
+        for por in POR[1:]:
+            yield shape, tree(parents(tokens, por), vocabulary, seed=0)
+    for shape, num_calls in _CALLS.items():
+        yield shape, recorded(max(1, num_calls * tokens // 2048), vocabulary)
 
 
 def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:
@@ -105,32 +115,33 @@ def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:
         "packed": in_packed(sample, settings.max_tokens),
         "padded": in_padded(sample, settings.max_tokens),
     }
-    losses = {name: steps.loss(way) for name, way in ways.items()}
-    if not all(isclose(loss, losses["packed"], rel_tol=1e-3) for loss in losses.values()):
-        raise StageError(f"{shape}: the ways to do a step disagree about its loss: {losses}")
-    held = {name: steps.held_mib(way) for name, way in ways.items()}
+    held = {name: steps.held_mib(ways[name]) for name in ("tree", "parts", "packed")}
     longest = steps.held_mib(as_tree(lines(sample)[-1]))
     taken: dict[str, list[float]] = {name: [] for name in ways}
+    losses = dict.fromkeys(ways, 0.0)
     for number in range(settings.rounds):
         for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
-            taken[name].append(steps.seconds(ways[name]))
-    seconds = {name: median(values) for name, values in taken.items()}
+            seconds, losses[name] = steps.timed(ways[name])
+            taken[name].append(seconds)
+    if not all(isclose(loss, losses["packed"], rel_tol=1e-3) for loss in losses.values()):
+        raise StageError(f"{shape}: the ways to do a step disagree about its loss: {losses}")
+    median_s = {name: median(values) for name, values in taken.items()}
     flat = sum(len(line.tokens) for line in lines(sample))
     flop_bound = steps.flops(ways["packed"]) / steps.flops(ways["tree"])
-    speedup = seconds["packed"] / seconds["tree"]
+    speedup = median_s["packed"] / median_s["tree"]
     return Row(
         shape,
         flat,
         len(sample.tokens),
         1 - len(sample.tokens) / flat,
-        seconds["tree"],
+        median_s["tree"],
         speedup,
         flat / len(sample.tokens),
         flop_bound,
         speedup / flop_bound,
         held["packed"] / held["tree"],
-        seconds["padded"] / seconds["tree"],
-        seconds["packed"] / seconds["parts"],
+        median_s["padded"] / median_s["tree"],
+        median_s["packed"] / median_s["parts"],
         held["parts"] / longest,
     )
 

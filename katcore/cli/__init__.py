@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from katcore.cli import capture, images, sandbox, training
-from katcore.cli.bench import bench
+from katcore.cli.bench_training import bench
 from katcore.cli.common import err, errors_said, out, say
 from katcore.cli.study import study
 from katcore.config import Preset, load_preset, preset_names

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from katcore.bench.fleet import Report as FleetReport
     from katcore.bench.proxy import Report as ProxyReport
     from katcore.bench.sandbox import Report as SandboxReport
-    from katcore.bench.training import Report as TrainingReport
     from katcore.bench.trajectories import Report as TrajectoriesReport
 
 bench = typer.Typer(
@@ -155,27 +154,6 @@ def fleet(
         raise typer.Exit(int(not report.is_sound))
 
 
-@bench.command("tree")
-def tree(
-    tokens: Annotated[int, typer.Option(min=64, help="Of a tree.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 3,
-    hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 384,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,
-    as_json: AsJson = False,  # noqa: FBT002
-) -> None:
-    """Measure a training step on a token tree, beside the same step on its branches."""
-    from katcore.bench import training as measured
-
-    with errors_said():
-        settings = measured.Settings(tokens, rounds, hidden, layers)
-        with bar(settings.num_parts) as step:
-            report = measured.run(settings, step)
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_training(report)
-
-
 def _litellm(given: Path | None) -> Path:
     from katcore.bench.litellm import ensure, find
 
@@ -250,7 +228,7 @@ def _print_proxy(report: "ProxyReport") -> None:
             for reason, num in found.why.items():
                 say(f"{row.streams} streams, {name}: {num} lost: {reason}")
     beside = f"; LiteLLM {report.litellm}" if report.litellm else ""
-    _print_aims(report.aims, report.machine + beside)
+    print_aims(report.aims, report.machine + beside)
 
 
 def _print_trajectories(report: "TrajectoriesReport") -> None:
@@ -297,7 +275,7 @@ def _print_trajectories(report: "TrajectoriesReport") -> None:
         kilobytes = (f"{size / 1e3:.0f}" for size in sizes)
         logs.add_row(one.dialect, *kilobytes, f"{one.ratio:.2f}", f"{over_text:.2f}")
     out.print(logs)
-    _print_aims(report.aims, report.machine)
+    print_aims(report.aims, report.machine)
 
 
 def _print_sandbox(report: "SandboxReport") -> None:
@@ -326,7 +304,7 @@ def _print_sandbox(report: "SandboxReport") -> None:
         if found.error:
             say(f"{name}: {found.error}")
     say(f"bare clone and exec: {report.floor_per_s:.0f} a second")
-    _print_aims((), report.machine)
+    print_aims((), report.machine)
 
 
 def _print_fleet(report: "FleetReport") -> None:
@@ -354,46 +332,11 @@ def _print_fleet(report: "FleetReport") -> None:
         "CPU for each that was placed, us": report.scheduling_us,
     }
     out.print(_facts("the fleet", facts.items()))
-    _print_aims((), report.machine)
+    print_aims((), report.machine)
 
 
-def _print_training(report: "TrainingReport") -> None:
-    table = Table(title=f"a step on a tree, {report.model}")
-    heads = (
-        "flat",
-        "tree",
-        "POR",
-        "tree, s",
-        "speedup",
-        "of",
-        "share",
-        "memory",
-        "padded",
-        "in parts",
-        "held",
-    )
-    for head in ("shape", *heads):
-        table.add_column(head, justify="left" if head == "shape" else "right")
-    for row in report.rows:
-        table.add_row(
-            row.shape,
-            str(row.tokens_flat),
-            str(row.tokens_tree),
-            f"{row.por:.3f}",
-            f"{row.tree_s:.2f}",
-            f"{row.speedup:.2f}",
-            f"{row.flop_bound:.2f}",
-            f"{row.bound_fraction:.0%}",
-            f"{row.mem_ratio:.2f}",
-            f"{row.speedup_padded:.2f}",
-            f"{row.parts_speedup:.2f}",
-            f"{row.parts_ratio:.2f}",
-        )
-    out.print(table)
-    _print_aims(report.aims, report.machine)
-
-
-def _print_aims(aims: "Iterable[Aim]", machine: str) -> None:
+def print_aims(aims: "Iterable[Aim]", machine: str) -> None:
+    """What should be, and where it was found."""
     table = Table(title="aims")
     for head in ("", "found", "aim", "met"):
         table.add_column(head)

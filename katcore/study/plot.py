@@ -16,6 +16,14 @@ _STYLE = (
 def lines(
     title: str, series: Mapping[str, Sequence[Point]], *, is_log: bool = False, unit: str = ""
 ) -> str:
+    """`picture` in a page, with its title above; nothing if there is no point."""
+    drawn = picture(title, series, is_log=is_log, unit=unit)
+    return drawn and f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>"
+
+
+def picture(
+    title: str, series: Mapping[str, Sequence[Point]], *, is_log: bool = False, unit: str = ""
+) -> str:
     """A line for each name, over what `unit` says; dashed where the name begins with `theory`.
 
     With `is_log` both axes are logarithmic, and points that are not above 0 are left out.
@@ -56,9 +64,9 @@ def lines(
     )
     height = _HEIGHT + _ROW * len(drawn)
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(body)}</svg></figure>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}"'
+        f' font-family="system-ui" font-size="11" role="img" aria-label="{escape(title)}">'
+        f"{''.join(body)}</svg>"
     )
 
 

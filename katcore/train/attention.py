@@ -6,8 +6,10 @@ one call of the flash kernel, and what a query finds in several is put together 
 attention (arXiv 2310.01889); backwards a piece needs only the sum over all. On a GPU it is `flex`.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -31,29 +33,39 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Past(Protocol):
-    """Keys and values of tokens that are not in the batch but seen from it."""
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of some tokens in a layer, (1, H, T, D) each."""
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the past, and then those of the batch; (1, H, T, D)."""
+
+class Past(Protocol):
+    """Keys and values of tokens that are not in the batch but seen from it: a path, in stretches."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many tokens each stretch has."""
+
+    def stretches(self, layer: int, own: KeyValue) -> Sequence[KeyValue]:
+        """Those of a layer; `own` are those of the batch, for whom it may concern."""
 
 
 class TreeMask:
     """What the tokens of a batch of one row see: those on their path, which are given by their parents.
 
-    They lie depth first, behind `num_past` tokens of one path that `past` has.
+    They lie depth first, behind those of `past`.
     """
 
-    def __init__(self, parents: Sequence[int], num_past: int = 0, past: Past | None = None) -> None:
+    def __init__(self, parents: Sequence[int], past: Past | None = None) -> None:
         self.past = past
         self._parents = parents
-        self._num_past = num_past
+        self._lengths = past.lengths if past else ()
+        self._num_past = sum(self._lengths)
         self._blocks: BlockMask | None = None
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """For the CPU's kernel."""
-        return tuple(cut(pieces(self._parents, self._num_past)))
+        """For the CPU's kernel: each has its keys in one stretch of the past, or in the batch."""
+        found = cut(pieces(self._parents, self._num_past))
+        return tuple(apart(found, list(accumulate(self._lengths))))
 
     def blocks(self, device: torch.device) -> BlockMask:
         """For FlexAttention."""
@@ -85,13 +97,16 @@ def attend(  # noqa: PLR0913 - transformers calls it
         return found
     if dropout:
         raise ValueError("a token tree needs attention without dropout: call model.eval()")
+    seen = [(key, value)]
     if tree.past:
-        key, value = tree.past.extend(module.layer_idx, key, value)
+        seen = [*tree.past.stretches(module.layer_idx, (key, value)), *seen]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
+        key, value = (torch.cat(part, dim=2) for part in zip(*seen, strict=True))
         out = flex.attend(query, key, value, tree.blocks(query.device), scale)
     else:
-        out = _TreeAttention.apply(query, key, value, tree.pieces, scale)  # type: ignore[no-untyped-call]
+        keys, values = zip(*seen, strict=True)
+        out = _TreeAttention.apply(tree.pieces, scale, query, *keys, *values)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 
@@ -116,27 +131,44 @@ def cut(found: Sequence[Piece], block: int = _BLOCK) -> list[Piece]:
     return blocks + rectangles
 
 
+def apart(found: Sequence[Piece], borders: Sequence[int]) -> Iterator[Piece]:
+    """With rectangles cut where their keys cross a border."""
+    for piece in found:
+        first = piece.first
+        for border in borders:
+            if first < border < piece.last:
+                yield piece._replace(first=first, last=border)
+                first = border
+        yield piece._replace(first=first)
+
+
 class _TreeAttention(torch.autograd.Function):
-    """softmax(scale * q k^T) v over the pieces. Sums over pieces are at least float32."""
+    """softmax(scale * q k^T) v over the pieces. Sums over pieces are at least float32.
+
+    Keys, and then values, come in stretches; a piece has its keys in one.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: tuple[Piece, ...], scale: float
+        ctx: Any, pieces: tuple[Piece, ...], scale: float, query: Tensor, *keys_values: Tensor
     ) -> Tensor:
+        keys, values = _halves(keys_values)
         _, heads, num, _ = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
-        out_BHTD = query.new_empty((1, num, heads, value.shape[-1]), dtype=wide).transpose(1, 2)
+        size = values[0].shape[-1]
+        out_BHTD = query.new_empty((1, num, heads, size), dtype=wide).transpose(1, 2)
         sum_BHT = query.new_empty((1, num, heads), dtype=wide).transpose(1, 2)
-        for start, end, first, last, is_causal in pieces:
+        for piece, stretch, where in _placed(pieces, keys):
+            start, end = piece.start, piece.end
             part, log_sum = _flash(
                 query[:, :, start:end],
-                key[:, :, first:last],
-                value[:, :, first:last],
+                keys[stretch][:, :, where],
+                values[stretch][:, :, where],
                 0.0,
-                is_causal,
+                piece.is_causal,
                 scale=scale,
             )
-            if is_causal:
+            if piece.is_causal:
                 out_BHTD[:, :, start:end] = part
                 sum_BHT[:, :, start:end] = log_sum
             else:
@@ -146,31 +178,48 @@ class _TreeAttention(torch.autograd.Function):
                 )
                 before.copy_(torch.logaddexp(before, log_sum))
         out = out_BHTD.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, sum_BHT)
+        ctx.save_for_backward(query, out, sum_BHT, *keys_values)
         ctx.pieces, ctx.scale = pieces, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, sum_BHT = ctx.saved_tensors
-        wide = sum_BHT.dtype
-        sums = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, key, value)]
-        for start, end, first, last, is_causal in ctx.pieces:
-            queries, keys = slice(start, end), slice(first, last)
+        query, out, sum_BHT, *keys_values = ctx.saved_tensors
+        given = [query, *keys_values]
+        sums = [torch.zeros_like(tensor, dtype=sum_BHT.dtype) for tensor in given]
+        keys, values = _halves(keys_values)
+        dkeys, dvalues = _halves(sums[1:])
+        for piece, stretch, where in _placed(ctx.pieces, keys):
+            queries = slice(piece.start, piece.end)
             found = _flash_backward(
                 grads[0][:, :, queries],
                 query[:, :, queries],
-                key[:, :, keys],
-                value[:, :, keys],
+                keys[stretch][:, :, where],
+                values[stretch][:, :, where],
                 out[:, :, queries],
                 sum_BHT[:, :, queries],
                 0.0,
-                is_causal,
+                piece.is_causal,
                 scale=ctx.scale,
             )
-            for whole, part, where in zip(sums, found, (queries, keys, keys), strict=True):
-                whole[:, :, where] += part
-        dquery, dkey, dvalue = (
-            whole.to(tensor.dtype) for whole, tensor in zip(sums, (query, key, value), strict=True)
+            sums[0][:, :, queries] += found[0]
+            dkeys[stretch][:, :, where] += found[1]
+            dvalues[stretch][:, :, where] += found[2]
+        return (
+            None,
+            None,
+            *(total.to(tensor.dtype) for total, tensor in zip(sums, given, strict=True)),
         )
-        return dquery, dkey, dvalue, None, None
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    num = len(tensors) // 2
+    return tensors[:num], tensors[num:]
+
+
+def _placed(pieces: Sequence[Piece], keys: Sequence[Tensor]) -> Iterator[tuple[Piece, int, slice]]:
+    """Each piece, in which stretch its keys are, and where there."""
+    starts = [0, *accumulate(key.shape[2] for key in keys)]
+    for piece in pieces:
+        stretch = bisect_right(starts, piece.first) - 1
+        yield piece, stretch, slice(piece.first - starts[stretch], piece.last - starts[stretch])

@@ -19,7 +19,7 @@ Proven in tests/train/test_distill.py: exact enumeration, finite differences, TR
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +27,28 @@ from torch import Tensor
 from katcore.schema.sample import Sample
 from katcore.train.advantage import Advantages
 from katcore.train.batch import TreeBatch, Weighting
-from katcore.train.objective import Metrics, TokenMean, refuse_unsampled, sample_weight
-from katcore.train.policy import logits_at
+from katcore.train.objective import (
+    Loss,
+    Metrics,
+    Terms,
+    TokenMean,
+    refuse_unsampled,
+    sample_weight,
+)
+from katcore.train.policy import hidden, logits_of
 
 Kind = Literal["reverse-kl", "top-k", "policy-gradient"]
-Teacher = Callable[[TreeBatch, Sequence[Sample]], Tensor]
-"""The teacher's logits of a batch's trained tokens, (N, V)."""
+
+
+class Taught(Protocol):
+    """A teacher's logits of N tokens: those themselves, (N, V), or what makes those that are asked for."""
+
+    def __getitem__(self, chosen_M: Tensor, /) -> Tensor:
+        """Of the chosen ones, (M, V)."""
+
+
+Teacher = Callable[[TreeBatch, Sequence[Sample]], Taught]
+"""From a batch: the teacher's logits of its trained tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +96,25 @@ class Teachers:
         """Who teaches a sample."""
         return self._chosen.get((sample.domain, sample.task_id), sample.domain)
 
-    def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+    def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Taught:
         """See `Teacher`. A batch has one teacher."""
         (name,) = {self.name(sample) for sample in samples}
-        with torch.inference_mode():
-            return logits_at(
-                self._models[name], batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N
-            )
+        model = self._models[name]
+        with torch.no_grad():
+            found = hidden(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
+        return _Head(model, found.last_hidden_state.flatten(0, 1)[batch.at_N])
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """Keeps what is below the vocabulary projection, which is V / D times less."""
+
+    model: Any
+    hidden_ND: Tensor
+
+    def __getitem__(self, chosen_M: Tensor) -> Tensor:
+        with torch.no_grad():
+            return logits_of(self.model, self.hidden_ND[chosen_M])
 
 
 class Distillation(TokenMean):
@@ -112,28 +140,15 @@ class Distillation(TokenMean):
         self._calls = calls or {}
         self._seen: dict[str, tuple[float, float]] = {}
 
-    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+    def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
         """Sum of w_t times the cost of each token."""
         refuse_unsampled(samples)
-        shape = self._shape
-        taught_NV = self._teacher(batch, samples)
-        if shape.kind == "policy-gradient" and shape.temperature != 1:
-            logits_NV, taught_NV = logits_NV / shape.temperature, taught_NV / shape.temperature
-        student_NV, teacher_NV = logits_NV.log_softmax(1), taught_NV.log_softmax(1)
-        weight_N = batch.weights_N * self._scale.get(samples[0].domain, 1.0)
-        if shape.overlap:
-            overlap_N = overlap(student_NV, teacher_NV, shape.overlap.k)
-            weight_N = weight_N * trusted(overlap_N, samples, shape.overlap)
-            self._note("overlap", overlap_N, batch.weights_N)
-        if shape.kind == "policy-gradient":
-            cost_N = self._policy_gradient(student_NV, teacher_NV, batch, samples)
-        elif shape.kind == "top-k" and shape.k < student_NV.shape[1]:
-            likeliest_NV = teacher_NV if shape.support == "teacher" else student_NV
-            cost_N = top_k_kl(student_NV, teacher_NV, likeliest_NV.topk(shape.k, 1).indices)
-        else:
-            cost_N = reverse_kl(student_NV, teacher_NV)
-        self._look(student_NV.detach(), teacher_NV, cost_N.detach(), batch, samples)
-        return (weight_N * cost_N).sum()
+        taught = self._teacher(batch, samples)
+
+        def terms(logits_MV: Tensor, chosen_M: Tensor) -> Terms:
+            return self._terms(logits_MV, taught[chosen_M], batch.targets_N[chosen_M])
+
+        return Loss(terms, lambda terms: self._total(terms, batch, samples))
 
     def seen(self) -> Metrics:
         """Means over tokens since the last time.
@@ -147,13 +162,46 @@ class Distillation(TokenMean):
         self._seen = {}
         return found
 
-    def _policy_gradient(
-        self, student_NV: Tensor, teacher_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]
-    ) -> Tensor:
+    def _terms(self, logits_MV: Tensor, taught_MV: Tensor, targets_M: Tensor) -> Terms:
+        """What is learnt from: `cost`, or `logprob` and the teacher's; and what is only looked at."""
         shape = self._shape
-        at_N1 = batch.targets_N[:, None]
-        logprob_N = student_NV.gather(1, at_N1)[:, 0].double()
-        apart_N = teacher_NV.gather(1, at_N1)[:, 0] - logprob_N.detach()
+        if shape.kind == "policy-gradient" and shape.temperature != 1:
+            logits_MV, taught_MV = logits_MV / shape.temperature, taught_MV / shape.temperature
+        student_MV, teacher_MV = logits_MV.log_softmax(1), taught_MV.log_softmax(1)
+        found: Terms = {}
+        if shape.kind == "policy-gradient":
+            at_M1 = targets_M[:, None]
+            found["logprob"] = student_MV.gather(1, at_M1)[:, 0]
+            found["taught"] = teacher_MV.gather(1, at_M1)[:, 0]
+        elif shape.kind == "top-k" and shape.k < student_MV.shape[1]:
+            likeliest_MV = teacher_MV if shape.support == "teacher" else student_MV
+            found["cost"] = top_k_kl(student_MV, teacher_MV, likeliest_MV.topk(shape.k, 1).indices)
+        else:
+            found["cost"] = reverse_kl(student_MV, teacher_MV)
+        with torch.no_grad():
+            is_kl = shape.kind == "reverse-kl"
+            found["kl"] = found["cost"] if is_kl else reverse_kl(student_MV, teacher_MV)
+            found["entropy"] = -torch.linalg.vecdot(student_MV.exp(), student_MV)
+            found["agreement"] = student_MV.argmax(1) == teacher_MV.argmax(1)
+            if shape.overlap:
+                found["overlap"] = overlap(student_MV, teacher_MV, shape.overlap.k)
+        return found
+
+    def _total(self, terms: Terms, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        weight_N = batch.weights_N * self._scale.get(samples[0].domain, 1.0)
+        if self._shape.overlap:
+            weight_N = weight_N * trusted(terms["overlap"], samples, self._shape.overlap)
+            self._note("overlap", terms["overlap"], batch.weights_N)
+        cost_N = terms.get("cost")
+        if cost_N is None:
+            cost_N = self._policy_gradient(terms, batch, samples)
+        self._look(terms, batch, samples)
+        return (weight_N * cost_N).sum()
+
+    def _policy_gradient(self, terms: Terms, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        shape = self._shape
+        logprob_N = terms["logprob"].double()
+        apart_N = terms["taught"] - logprob_N.detach()
         pairs = zip(batch.rows_N.tolist(), batch.turns_N.tolist(), strict=True)
         reinforced = [self._advantage(samples[row], turn) for row, turn in pairs]
         gain_N = torch.tensor(reinforced, dtype=torch.float64)
@@ -169,22 +217,12 @@ class Distillation(TokenMean):
         rows = self._advantages.get(sample.rollout_id)
         return rows[0][turn] if rows else 0.0
 
-    def _look(
-        self,
-        student_NV: Tensor,
-        teacher_NV: Tensor,
-        cost_N: Tensor,
-        batch: TreeBatch,
-        samples: Sequence[Sample],
-    ) -> None:
-        kl_N = cost_N
-        if self._shape.kind != "reverse-kl":
-            kl_N = reverse_kl(student_NV, teacher_NV)
-        weights_N = batch.weights_N
+    def _look(self, terms: Terms, batch: TreeBatch, samples: Sequence[Sample]) -> None:
+        kl_N, weights_N = terms["kl"], batch.weights_N
         self._note("kl", kl_N, weights_N)
         self._note(f"kl/{samples[0].domain}", kl_N, weights_N)
-        self._note("entropy", -torch.linalg.vecdot(student_NV.exp(), student_NV), weights_N)
-        self._note("agreement", student_NV.argmax(1) == teacher_NV.argmax(1), weights_N)
+        self._note("entropy", terms["entropy"], weights_N)
+        self._note("agreement", terms["agreement"], weights_N)
         if any(any(self._calls.get(sample.rollout_id, ())) for sample in samples):
             marks = [mark for sample in samples for mark in self._calls[sample.rollout_id]]
             self._note("kl_calls", kl_N, weights_N * torch.tensor(marks))
@@ -192,7 +230,7 @@ class Distillation(TokenMean):
     def _note(self, name: str, values_N: Tensor, weights_N: Tensor) -> None:
         total, weight = self._seen.get(name, (0.0, 0.0))
         self._seen[name] = (
-            total + float((weights_N * values_N).sum()),
+            total + float((weights_N * values_N.detach()).sum()),
             weight + float(weights_N.sum()),
         )
 

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train import head
 from katcore.train.balance import balance_loss, masses
 from katcore.train.batch import TreeBatch, Weighting, collate
 from katcore.train.forest import heavy_first, renumbered
 from katcore.train.layout import Layout, packed
-from katcore.train.objective import Objective
-from katcore.train.policy import hidden, logits_of
+from katcore.train.objective import Objective, is_separable
+from katcore.train.policy import hidden
 from katcore.train.relay import Ends, backward
-
-_MAX_LOGITS = 1 << 25
-"""128 MiB of them in float32; the loss takes about three times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Engine:
         batch = self.collate(samples)
         found = self.forward(batch)
         hidden_ND = found.last_hidden_state.flatten(0, 1)[batch.at_N]
-        loss, grad_ND = self.head(hidden_ND, batch, samples, objective, weight)
+        loss, grad_ND = head.backward(self.model, hidden_ND, batch, samples, objective, weight)
         tensors, grads = [hidden_ND], [grad_ND]
         if self.balance:
             share = self.balance * objective.weight(samples, self.weighting) / weight
@@ -75,31 +73,6 @@ class Engine:
         """What the model says of a batch."""
         return hidden(self.model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, **self._options)
 
-    def head(
-        self,
-        hidden_ND: Tensor,
-        batch: TreeBatch,
-        samples: Sequence[Sample],
-        objective: Objective,
-        weight: float,
-    ) -> tuple[float, Tensor]:
-        """The loss / weight, its gradient for the last hidden states, and for the vocabulary projection.
-
-        If the objective `is_separable` there are never more than `_MAX_LOGITS` logits.
-        """
-        hidden_ND = hidden_ND.detach().requires_grad_()
-        num = len(hidden_ND)
-        if is_separable(objective):
-            num = max(1, _MAX_LOGITS // self.model.config.get_text_config().vocab_size)
-        loss = 0.0
-        for chosen_M in torch.arange(len(hidden_ND)).split(num):  # type: ignore[no-untyped-call]
-            logits_MV = logits_of(self.model, hidden_ND[chosen_M])
-            part = objective(logits_MV, batch.only(chosen_M), samples) / weight
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-        assert hidden_ND.grad is not None
-        return loss, hidden_ND.grad
-
     def masses(self, found: Any, counts_P: Tensor) -> tuple[Tensor, Tensor]:
         """See `balance.masses`."""
         return masses(found.router_logits, counts_P, self.model.config.num_experts_per_tok)
@@ -107,11 +80,6 @@ class Engine:
     @property
     def _options(self) -> dict[str, bool]:
         return {"output_router_logits": True} if self.balance else {}
-
-
-def is_separable(objective: Objective) -> bool:
-    """See `Objective`."""
-    return getattr(objective, "is_separable", False)
 
 
 class _Separable:
@@ -139,8 +107,8 @@ class _Separable:
             return [], []
         hidden_MD = found.last_hidden_state[0, inside_N[chosen_M]]
         batch = self._batch.only(chosen_M)
-        loss, grad_MD = self._engine.head(
-            hidden_MD, batch, [self._sample], self._objective, self._weight
+        loss, grad_MD = head.backward(
+            self._engine.model, hidden_MD, batch, [self._sample], self._objective, self._weight
         )
         self.loss += loss
         return [hidden_MD], [grad_MD]
@@ -162,7 +130,9 @@ class _Given:
             found = engine.forward(batch)
             hidden_TD = found.last_hidden_state[0]
             hidden_ND = hidden_TD[batch.at_N]
-        self.loss, grad_ND = engine.head(hidden_ND, batch, [sample], objective, weight)
+        self.loss, grad_ND = head.backward(
+            engine.model, hidden_ND, batch, [sample], objective, weight
+        )
         self._grad_TD = torch.zeros_like(hidden_TD).index_add(0, batch.at_N, grad_ND)
         if engine.balance:
             share = engine.balance * objective.weight([sample], engine.weighting) / weight

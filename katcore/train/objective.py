@@ -1,7 +1,9 @@
 """Objectives have one shape: logits of the trained tokens of a token-tree batch to a summed loss.
 
-Each returns a sum, and says what the sum of a whole step is divided by, so that splitting a step into
-micro-batches changes nothing.
+A loss takes two steps: from logits, a few numbers of each token (`Loss.terms`), and from those of all tokens
+the sum (`Loss.total`). So the logits need not all be there at once (`head`), though the loss of a token may
+depend on any other. It is a sum, and the objective says what that of a whole step is divided by, so that
+splitting a step into micro-batches changes nothing.
 
 - `Sft`: negative log-likelihood, mean over tokens.
 - `PolicyGradient` (in `surrogate`): reinforcement.
@@ -10,9 +12,10 @@ micro-batches changes nothing.
 Proven against finite differences and TRL's formulas in tests/train/test_objective.py.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from katcore.errors import StageError
@@ -22,6 +25,19 @@ from katcore.train.batch import TreeBatch, Weighting, token_weights
 Metrics = dict[str, float]
 
 
+Terms = dict[str, Tensor]
+"""By name, numbers of M trained tokens, (M,), with their gradient or without."""
+
+
+class Loss(NamedTuple):
+    """An objective's loss of one batch."""
+
+    terms: Callable[[Tensor, Tensor], Terms]
+    """From logits_MV and chosen_M: what the loss has to know of these M of the N trained tokens."""
+    total: Callable[[Terms], Tensor]
+    """From the terms of all tokens, in order: the weighted sum."""
+
+
 class Objective(Protocol):
     """A loss over the trained tokens of a batch.
 
@@ -29,11 +45,21 @@ class Objective(Protocol):
     batch's tokens (`TreeBatch.only`) it is their share of the loss.
     """
 
-    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
-        """The weighted sum of the losses; `samples` are the rows of the batch."""
+    def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
+        """The loss of a batch, of which `samples` are the rows; made anew each time it is computed."""
 
     def weight(self, samples: Sequence[Sample], weighting: Weighting) -> float:
         """What the sum over the samples of a whole step is divided by."""
+
+    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """The weighted sum of the losses, from all logits at once."""
+        loss = self.on(batch, samples)
+        return loss.total(loss.terms(logits_NV, torch.arange(len(logits_NV))))
+
+
+def is_separable(objective: Objective) -> bool:
+    """See `Objective`."""
+    return getattr(objective, "is_separable", False)
 
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,7 +69,7 @@ def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.
     return chosen_N - scaled_NV.logsumexp(1)
 
 
-class TokenMean:
+class TokenMean(Objective, Protocol):
     """An objective whose step is the weighted mean over trained tokens."""
 
     def weight(self, samples: Sequence[Sample], weighting: Weighting) -> float:
@@ -56,9 +82,13 @@ class Sft(TokenMean):
 
     is_separable = True
 
-    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+    def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
         """-sum of w_t log pi(y_t)."""
-        return -(batch.weights_N * token_logprobs(logits_NV, batch.targets_N)).sum()
+
+        def terms(logits_MV: Tensor, chosen_M: Tensor) -> Terms:
+            return {"logprob": token_logprobs(logits_MV, batch.targets_N[chosen_M])}
+
+        return Loss(terms, lambda terms: -(batch.weights_N * terms["logprob"]).sum())
 
 
 def refuse_unsampled(samples: Sequence[Sample]) -> None:

@@ -1,39 +1,79 @@
 """Backwards through a tree part by part (`partition`), relaying the gradients of keys and values."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from katcore.train.attention import TreeMask
+from katcore.train.attention import KeyValue, TreeMask
 from katcore.train.batch import TreeBatch
 from katcore.train.partition import Part, plan
 from katcore.train.policy import hidden
 
-KeyValue = tuple[Tensor, Tensor]
 Ends = tuple[list[Tensor], list[Tensor]]
 """Tensors to go backwards from, and their gradients."""
 Loss = Callable[[Any, Tensor], Ends]
 """From what the model says of a part, and the flat places of its tokens in the whole batch."""
 
 
-@dataclass(slots=True)
+class _Chain:
+    """By layer, keys and values of a part, and the gradients that parts below have for them."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, KeyValue] = {}
+        self._grads: dict[int, KeyValue] = {}
+
+    def keep(self, layer: int, own: KeyValue) -> None:
+        """Take a layer's."""
+        self._seen[layer] = own
+
+    def leaves(self, layer: int, num: int) -> KeyValue:
+        """Those of the first tokens as they are, without what they come from."""
+        key, value = self._seen[layer]
+        return _leaf(key, num), _leaf(value, num)
+
+    def relay(self, layer: int, leaves: KeyValue) -> None:
+        """Add the gradients for some leaves."""
+        if layer not in self._grads:
+            key, value = self._seen[layer]
+            self._grads[layer] = torch.zeros_like(key), torch.zeros_like(value)
+        for total, leaf in zip(self._grads[layer], leaves, strict=True):
+            if leaf.grad is not None:
+                total[:, :, : leaf.shape[2]] += leaf.grad
+
+    @property
+    def ends(self) -> Ends:
+        """Where to go backwards from."""
+        tensors = [tensor for layer in self._grads for tensor in self._seen[layer]]
+        return tensors, [grad for pair in self._grads.values() for grad in pair]
+
+
 class _Past:
-    """By layer, the keys and values of the path above; keeps those of path and part together."""
+    """The path above a part: beginnings of chains, without copies. See `attention.Past`."""
 
-    above: dict[int, KeyValue]
-    seen: dict[int, KeyValue] = field(default_factory=dict)
+    def __init__(self, path: Sequence[tuple[_Chain, int]], own: _Chain) -> None:
+        self._path = path
+        self._own = own
+        self._leaves: dict[int, list[KeyValue]] = {}
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """See `attention.Past`."""
-        if self.above:
-            key, value = (
-                torch.cat(pair, dim=2) for pair in zip(self.above[layer], (key, value), strict=True)
-            )
-        self.seen[layer] = (key, value)
-        return key, value
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each stretch has."""
+        return [num for _, num in self._path]
+
+    def stretches(self, layer: int, own: KeyValue) -> list[KeyValue]:
+        """Those above; the part's own are kept for the parts below it."""
+        self._own.keep(layer, own)
+        self._leaves[layer] = [chain.leaves(layer, num) for chain, num in self._path]
+        return self._leaves[layer]
+
+    def relay(self) -> None:
+        """Give the gradients to whom they belong."""
+        for layer, stretches in self._leaves.items():
+            for (chain, _), leaves in zip(self._path, stretches, strict=True):
+                chain.relay(layer, leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +85,25 @@ class _Walk:
     loss: Loss
     options: dict[str, Any]
 
-    def visit(self, part: Part, above: dict[int, KeyValue]) -> None:
+    def visit(self, part: Part, path: Sequence[tuple[_Chain, int]]) -> None:
         """Forwards through a part, both ways through those below it, and back."""
-        past = _Past(above)
+        chain = _Chain()
+        past = _Past(path, chain)
         at_T = torch.tensor(part.tokens)
         found = hidden(
             self.model,
             self.ids_T[None, at_T],
             self.depths_T[None, at_T],
-            TreeMask(self._parents(part), len(part.path), past),
+            TreeMask(self._parents(part), past),
             **self.options,
         )
         tensors, grads = self.loss(found, at_T)
-        sums: dict[int, KeyValue] = {}
         for below in part.parts:
-            leaves = {
-                layer: (_leaf(key, len(below.path)), _leaf(value, len(below.path)))
-                for layer, (key, value) in past.seen.items()
-            }
-            self.visit(below, leaves)
-            _relay(leaves, past.seen, sums)
-        for layer, pair in sums.items():
-            tensors += past.seen[layer]
-            grads += pair
-        if tensors:
-            torch.autograd.backward(tensors, grads)
+            self.visit(below, [*path, (chain, len(below.path) - len(part.path))])
+        more = chain.ends
+        if tensors or more[0]:
+            torch.autograd.backward(tensors + more[0], grads + more[1])
+        past.relay()
 
     def _parents(self, part: Part) -> list[int]:
         number = {token: at for at, token in enumerate(part.path + part.tokens)}
@@ -90,21 +124,8 @@ def backward(
     """
     walk = _Walk(model, batch.ids_BT[0], batch.positions_BT[0], parents, loss, options)
     for part in plan(parents, max_tokens).parts:
-        walk.visit(part, {})
+        walk.visit(part, ())
 
 
 def _leaf(tensor: Tensor, num: int) -> Tensor:
     return tensor[:, :, :num].detach().requires_grad_()
-
-
-def _relay(
-    leaves: dict[int, KeyValue], seen: dict[int, KeyValue], sums: dict[int, KeyValue]
-) -> None:
-    """Add what a part below has for the keys and values of its path."""
-    for layer, pair in leaves.items():
-        if layer not in sums:
-            key, value = seen[layer]
-            sums[layer] = torch.zeros_like(key), torch.zeros_like(value)
-        for total, leaf in zip(sums[layer], pair, strict=True):
-            if leaf.grad is not None:
-                total[:, :, : leaf.shape[2]] += leaf.grad

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train import head
 from katcore.train.batch import TreeBatch, Weighting
-from katcore.train.objective import Metrics, refuse_unsampled, token_logprobs
-from katcore.train.policy import logits_at
+from katcore.train.objective import (
+    Loss,
+    Metrics,
+    Objective,
+    Terms,
+    refuse_unsampled,
+    token_logprobs,
+)
+from katcore.train.policy import hidden
 from katcore.train.units import Level, Mean, Rows, Units, units
 
 PerToken = Mapping[str, Sequence[float]]
@@ -62,7 +70,7 @@ class Clipped:
     correction: Correction | None = None
 
 
-class PolicyGradient:
+class PolicyGradient(Objective):
     """The surrogate as an objective; counts what it clips until it is asked.
 
     `advantages` are by rollout id. `old` are the old policy's log-probabilities where they are not the
@@ -91,13 +99,32 @@ class PolicyGradient:
         self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
         self._kl = 0.0
 
-    def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+    def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
         """-sum over units of plus min(r, 1 + high) + minus max(r, 1 - low), and the terms per token."""
         refuse_unsampled(samples)
+
+        def terms(logits_MV: Tensor, chosen_M: Tensor) -> Terms:
+            return self._terms(logits_MV, batch.targets_N[chosen_M])
+
+        return Loss(terms, lambda terms: self._total(terms, batch, samples))
+
+    def weight(self, samples: Sequence[Sample], weighting: Weighting) -> float:
+        """See `Objective.weight`."""
+        return sum(self._units(sample, weighting).weight for sample in samples)
+
+    def _terms(self, logits_MV: Tensor, targets_M: Tensor) -> Terms:
+        heat = self._shape.temperature
+        found = {"logprob": token_logprobs(logits_MV, targets_M, heat)}
+        if self._shape.entropy:
+            scaled_MV = (logits_MV / heat).log_softmax(1)
+            found["entropy"] = -(scaled_MV.exp() * scaled_MV).sum(1)
+        return found
+
+    def _total(self, terms: Terms, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         shape = self._shape
         trees = [self._units(sample, batch.weighting) for sample in samples]
         joined = _Joined(trees, is_mean=shape.level != "turn")
-        logprob_N = token_logprobs(logits_NV, batch.targets_N, shape.temperature)
+        logprob_N = terms["logprob"]
         old_N = batch.old_N if self._old is None else _in_order(self._old, samples)
         apart_N = old_N - batch.old_N if self._apart is None else _in_order(self._apart, samples)
         weight_U, keep_N = self._corrected(apart_N, joined)
@@ -109,12 +136,8 @@ class PolicyGradient:
         self._kl += float((moved_N.exp() - moved_N - 1).sum())
         loss = -(weight_U * gain_U).sum()
         if shape.kl or shape.entropy or shape.imitation:
-            loss = loss + self._per_token(logits_NV, logprob_N, batch, samples, trees)
+            loss = loss + self._per_token(terms, batch, samples, trees)
         return loss
-
-    def weight(self, samples: Sequence[Sample], weighting: Weighting) -> float:
-        """See `Objective.weight`."""
-        return sum(self._units(sample, weighting).weight for sample in samples)
 
     def rates(self) -> Metrics:
         """The share of units that the clip held back since the last time, and of tokens left out.
@@ -165,8 +188,7 @@ class PolicyGradient:
 
     def _per_token(
         self,
-        logits_NV: Tensor,
-        logprob_N: Tensor,
+        terms: Terms,
         batch: TreeBatch,
         samples: Sequence[Sample],
         trees: Sequence[Units],
@@ -175,13 +197,13 @@ class PolicyGradient:
         sums = torch.zeros(len(samples), dtype=torch.float64)
         sums = sums.index_add(0, batch.rows_N, batch.weights_N)
         scale = _float64(tree.weight for tree in trees) / sums.clamp(min=1e-30)
+        logprob_N = terms["logprob"]
         cost_N = torch.zeros_like(logprob_N)
         if self._reference is not None and self._shape.kl:
             apart_N = self._reference(batch, samples) - logprob_N
             cost_N = cost_N + self._shape.kl * (apart_N.exp() - apart_N - 1)
         if self._shape.entropy:
-            scaled_NV = (logits_NV / self._shape.temperature).log_softmax(1)
-            cost_N = cost_N + self._shape.entropy * (scaled_NV.exp() * scaled_NV).sum(1)
+            cost_N = cost_N - self._shape.entropy * terms["entropy"]
         if self._shape.imitation:
             cost_N = cost_N - self._shape.imitation * _is_good(batch, samples) * logprob_N
         return (batch.weights_N * scale[batch.rows_N] * cost_N).sum()
@@ -205,10 +227,9 @@ class Reference:
     def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """Its log-probabilities after temperature."""
         with torch.no_grad():
-            logits_NV = logits_at(
-                self._model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, batch.at_N
-            )
-            return token_logprobs(logits_NV, batch.targets_N, self._temperature)
+            found = hidden(self._model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
+            hidden_ND = found.last_hidden_state.flatten(0, 1)[batch.at_N]
+            return head.logprobs(self._model, hidden_ND, batch.targets_N, self._temperature)
 
 
 class _Joined:

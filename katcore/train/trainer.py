@@ -13,11 +13,11 @@ import torch
 from katcore.config import Preset
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
+from katcore.train import head
 from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
 from katcore.train.layout import unrolled
-from katcore.train.objective import Metrics, Objective, token_logprobs
-from katcore.train.policy import logits_of
+from katcore.train.objective import Metrics, Objective
 from katcore.train.support import Trees, takes_trees
 
 
@@ -123,8 +123,7 @@ class Trainer:
             for rows in self._micro_batches(samples):
                 batch = self._engine.collate(rows)
                 hidden_ND = self._engine.forward(batch).last_hidden_state.flatten(0, 1)[batch.at_N]
-                logits_NV = logits_of(self.model, hidden_ND)
-                logprob_N = token_logprobs(logits_NV, batch.targets_N, temperature)
+                logprob_N = head.logprobs(self.model, hidden_ND, batch.targets_N, temperature)
                 for row, value in zip(batch.rows_N.tolist(), logprob_N.tolist(), strict=True):
                     found[rows[row].rollout_id].append(value)
         return found

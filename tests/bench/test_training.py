@@ -1,6 +1,8 @@
 """The benchmark of tree training counts right, and its ways to do a step are one step."""
 
 import json
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -51,10 +53,12 @@ def test_flops_are_counted_once_for_each_token_and_pair() -> None:
     assert steps.flops(as_tree(sample)) < apart
 
 
-def test_the_command_prints_rows() -> None:
-    options = "bench tree --tokens 64 --hidden 64 --layers 1 --rounds 1 --json"
-    result = CliRunner().invoke(app, options.split())
+def test_the_command_prints_rows_and_draws_them(tmp_path: Path) -> None:
+    options = "bench tree --tokens 64 --hidden 64 --layers 1 --rounds 1 --json --plot"
+    result = CliRunner().invoke(app, [*options.split(), str(tmp_path / "tree.svg")])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    assert len(rows) == len(SHAPES) * len(training.POR)
+    assert len(rows) == 1 + len(SHAPES) * (len(training.POR) - 1) + 2
     assert all(row["speedup"] > 0 and row["bound_fraction"] > 0 for row in rows)
+    drawn = ElementTree.parse(tmp_path / "tree.svg").getroot()
+    assert len(drawn.findall("{*}polyline")) == 3 * len(SHAPES)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from katcore.bench import trajectories
-from katcore.bench.agent import AGAIN, SUBAGENT, Agent
+from katcore.bench.agent import SELDOM, Agent
 from katcore.bench.body import DIALECTS
 from katcore.bench.trajectories import Settings
 from katcore.cli import app
@@ -28,8 +28,8 @@ async def worked(folder: Path, num_calls: int) -> list[ModelCall]:
 async def test_the_session_has_all_that_agents_do(tmp_path: Path) -> None:
     calls = await worked(tmp_path / "a", 320)
     roles = [turn.role for turn in build_trajectory("bench", calls).turns]
-    assert roles.count("subagent") >= 8 * (240 // SUBAGENT)
-    assert roles.count("discarded") >= 240 // AGAIN - 1
+    assert roles.count("subagent") >= 8 * (240 // SELDOM.subagent)
+    assert roles.count("discarded") >= 240 // SELDOM.again - 1
     assert roles.count("post-compaction") >= 5
     assert roles.count("auxiliary") == 1, "the summary"
     inexact = [call for call in calls if not call.is_exact]

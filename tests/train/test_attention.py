@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from katcore.schema.sample import Sample
 from katcore.train import attention, flex
-from katcore.train.attention import cut
+from katcore.train.attention import apart, cut
 from katcore.train.batch import TreeBatch, Weighting, collate, turns
 from katcore.train.distill import Distillation
 from katcore.train.forest import heavy_first, pieces, renumbered
@@ -140,25 +141,35 @@ def test_pieces_are_the_ancestor_relation(tree: Sample, block: int, seed: int) -
     grown = [*range(-1, num_past - 1), *(num_past + at if at >= 0 else root for at in own)]
     parts = pieces(grown, num_past)
     wanted = ancestors(grown)[num_past:].int()
-    for found in (parts, cut(parts, block)):
+    borders = sorted({choose.randint(1, 6) for _ in range(2)} & set(range(num_past)))
+    for found in (parts, cut(parts, block), list(apart(cut(parts, block), borders))):
         seen = torch.zeros_like(wanted)
         for start, end, first, last, is_causal in found:
             ones = torch.ones(end - start, last - first, dtype=torch.int)
             seen[start:end, first:last] += ones.tril() if is_causal else ones
         assert torch.equal(seen, wanted)
         assert sum(part.num_pairs for part in found) == int(wanted.sum())
+    assert not any(piece.first < border < piece.last for piece in found for border in borders)
 
 
 @settings(max_examples=20, deadline=None)
-@given(tree_samples(), st.integers(1, 9))
-def test_cut_pieces_give_the_dense_result(tree: Sample, block: int) -> None:
+@given(tree_samples(), st.integers(1, 9), st.integers(0, 20))
+def test_cut_pieces_give_the_dense_result(tree: Sample, block: int, border: int) -> None:
+    """Also with keys and values in two stretches."""
     parents = renumbered(tree.parents, heavy_first(tree.parents))
     torch.manual_seed(len(parents))
     shape = (1, len(parents), 4, 8)
     query, grad = torch.randn(2, *shape, dtype=torch.float64).transpose(2, 3).unbind()
     key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64).unbind()
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    found = attention._TreeAttention.apply(*inputs, tuple(cut(pieces(parents), block)), 0.3)
+    blocks = cut(pieces(parents), block)
+    # A causal piece lies in one stretch: the border is before it or behind.
+    border = max([0, *(p.first for p in blocks if p.is_causal and p.first <= border)])
+    stretches = [
+        stretch for tensor in (key, value) for stretch in tensor.tensor_split([border], dim=2)
+    ]
+    placed = tuple(apart(blocks, [border]))
+    found = attention._TreeAttention.apply(placed, 0.3, query, *stretches)
     dense = torch.nn.functional.scaled_dot_product_attention(
         *inputs, attn_mask=ancestors(parents), scale=0.3, enable_gqa=True
     )
@@ -181,7 +192,8 @@ def test_flex_attention_gives_the_dense_result(num_past: int) -> None:
     torch.manual_seed(0)
     query = torch.randn(1, 4, len(own), 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64)
-    mask = attention.TreeMask(parents, num_past).blocks(torch.device("cpu"))
+    above: Any = SimpleNamespace(lengths=[num_past])
+    mask = attention.TreeMask(parents, above).blocks(torch.device("cpu"))
     found = flex.attend(query, key, value, mask, 0.3)
     seen = ancestors(parents)[num_past:]
     dense = torch.nn.functional.scaled_dot_product_attention(
