@@ -10,10 +10,12 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from katcore.errors import EngineError, RequestError
+from katcore.inference.family import Family, family
 from katcore.schema.call import Message, Tool, ToolCall
 
 _QUESTION = {"role": "user", "content": "q"}
 _MARK = "katcore-answer"
+_REPLY = "katcore-reply"
 _TAIL = 64
 """Ids of a prompt that are looked at to see whether the template began the answer."""
 
@@ -31,10 +33,10 @@ class ChatTokenizer:
         self.end_ids = frozenset(_end_ids(model, self._tokenizer))
         self._ends = [self._tokenizer.convert_ids_to_tokens(number) for number in self.end_ids]
 
-    @property
+    @cached_property
     def end_id(self) -> int:
-        """The token that ends an answer, where it is us who write one."""
-        return int(self._tokenizer.eos_token_id)
+        """The token that ends an answer, where it is us who write one: what the template ends one with."""
+        return self._end_between({"role": "assistant", "content": _MARK}, _MARK, _QUESTION)
 
     @property
     def vocabulary(self) -> int:
@@ -53,11 +55,13 @@ class ChatTokenizer:
             RequestError: a message holds an image.
             EngineError: the template does not render what was answered before.
         """
-        names = {call.id: call.name for message in messages for call in message.tool_calls}
-        chat = [self._entry(message, names) for message in messages[start:]]
+        return self._ids(self._prompt(messages, tools, start))
+
+    def _prompt(self, messages: Sequence[Message], tools: Sequence[Tool], start: int) -> str:
         if not start:
-            return self._ids(self._render(chat, tools))
-        answered = {**self._entry(messages[start - 1], names), "content": _MARK}
+            return self._render(self._entries(messages, 0), tools)
+        answered, *chat = self._entries(messages, start - 1)
+        answered["content"] = _MARK
         answered.pop("reasoning_content", None)
         text = self._render([_QUESTION, answered, *chat], tools)
         at = text.find(_MARK)
@@ -66,30 +70,44 @@ class ChatTokenizer:
             asked = self._render([_QUESTION], tools)
             pairs = enumerate(zip(asked, text, strict=False))
             at = next((place for place, (a, b) in pairs if a != b), len(asked))
-        return self._ids(text[self._answer_end(text, at) :])
+        return text[self._answer_end(text, at) :]
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text, its end-of-turn token included."""
         return (*self._ids(self._plain(text)), self.end_id)
 
-    def answer_ids(self, message: Message, tools: Sequence[Tool]) -> tuple[int, ...]:
-        """Ids of an answer as the template renders it, its end-of-turn token included.
+    def answer_ids(
+        self, message: Message, tools: Sequence[Tool], history: Sequence[Message] = ()
+    ) -> tuple[int, ...]:
+        """Ids of an answer to `history` as the template renders it, its end-of-turn token included.
+
+        Where the template begins the answer with a thought, that is finished first.
 
         Raises:
             EngineError: the template has no place for tool calls.
         """
+        begun = self._render([_QUESTION], tools)
+        opened = _opened(self._prompt(history, tools, _num_answered(history)) if history else begun)
+        close = "\n</think>\n\n" if opened.endswith("\n") else "</think>"
+        thought = self._plain(message.reasoning) + close if opened else ""
         if not message.tool_calls:
-            return self.text_ids(message.content)
-        before = self._render([_QUESTION], tools)
-        chat = [_QUESTION, self._entry(message, {})]
-        whole = self._template(chat, tools, add_generation_prompt=False)
-        call = message.tool_calls[0]
-        if not whole.startswith(before) or call.name not in whole[len(before) :]:
+            return (*self._ids(thought), *self.text_ids(message.content))
+        (entry,) = self._entries([*history, message], len(history))
+        whole = self._template([_QUESTION, entry], tools, add_generation_prompt=False)
+        header = begun.removesuffix(_opened(begun))
+        call = entry["tool_calls"][-1]
+        name = call["function"]["name"]
+        if not whole.startswith(header) or name not in whole[len(header) :]:
             raise EngineError("the chat template does not render tool calls")
-        if not self._ends_after(whole, len(before)):
-            # Some families end an answer with the token that begins what comes next.
-            return (*self._ids(whole[len(before) :]), self.end_id)
-        return self._ids(whole[len(before) : self._answer_end(whole, len(before))])
+        if whole.startswith(begun):
+            header, thought = begun, ""
+        elif whole.startswith("</think>", len(header)):
+            thought = ""
+        if self._ends_after(whole, len(header)):
+            return self._ids(thought + whole[len(header) : self._answer_end(whole, len(header))])
+        # Some families end an answer with the token that begins what comes next.
+        result = {"role": "tool", "name": name, "tool_call_id": call["id"]}
+        return (*self._ids(thought + whole[len(header) :]), self._end_between(entry, name, result))
 
     def read(
         self, ids: Sequence[int], prompt_ids: Sequence[int] = (), tools: Sequence[Tool] = ()
@@ -108,7 +126,7 @@ class ChatTokenizer:
             return self.decode(ids), "", ()
         content, reasoning = parsed.get("content") or "", parsed.get("reasoning_content") or ""
         for end in self._ends:
-            content = content.removesuffix(end)
+            content, reasoning = content.removesuffix(end), reasoning.removesuffix(end)
         if not (content or reasoning or calls):
             return self.decode(ids), "", ()
         return content.rstrip() if calls else content, reasoning.strip(), calls
@@ -157,10 +175,13 @@ class ChatTokenizer:
 
     @cached_property
     def _response(self) -> Any:
-        """How answers are read: the tokenizer's own response template, or the one TRL knows for it."""
+        """How answers are read: the tokenizer's own response template, its family's, or the one TRL knows."""
         own = getattr(self._tokenizer, "response_template", None)
-        if own is not None or "tools" not in str(self._tokenizer.chat_template):
+        template = str(self._tokenizer.chat_template)
+        if own is not None or not ("tools" in template or "tool_calls" in template):
             return own
+        if self._family:
+            return self._family.response
         from trl.chat_template_utils import add_response_schema  # noqa: PLC0415 - takes seconds
 
         try:
@@ -180,26 +201,79 @@ class ChatTokenizer:
             text.find(end, start) + len(end) for end in self._ends if text.find(end, start) >= 0
         ]
 
-    def _entry(self, message: Message, names: Mapping[str, str]) -> dict[str, Any]:
+    def _end_between(self, answer: dict[str, Any], shown: str, reply: dict[str, Any]) -> int:
+        """The last end token between what an answer shows and a reply to it; where there is none, eos."""
+        chat = [_QUESTION, answer, {**reply, "content": _REPLY}]
+        text = self._template(chat, (), add_generation_prompt=False)
+        end = text.find(_REPLY)
+        begin = text.rfind(shown, 0, end)
+        found = {text.rfind(token, begin, end): token for token in self._ends}
+        place = max(found)
+        if place < 0:
+            return int(self._tokenizer.eos_token_id)
+        return int(self._tokenizer.convert_tokens_to_ids(found[place]))
+
+    def _entries(self, messages: Sequence[Message], start: int) -> list[dict[str, Any]]:
+        """What the template is given of `messages[start:]`."""
+        shown: dict[str, tuple[str, str]] = {}
+        number = 0
+        entries = []
+        for at, message in enumerate(messages):
+            ids = [
+                self._shown_id(call, number + num) for num, call in enumerate(message.tool_calls)
+            ]
+            number += len(ids)
+            for call, name in zip(message.tool_calls, ids, strict=True):
+                shown[call.id] = (name, call.name)
+            if at >= start:
+                entries.append(self._entry(message, ids, shown))
+        return entries
+
+    def _entry(
+        self, message: Message, ids: Sequence[str], shown: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Any]:
         if message.images:
             raise RequestError("this model takes no images")
         entry: dict[str, Any] = {"role": message.role, "content": self._plain(message.content)}
         if message.reasoning:
             entry["reasoning_content"] = self._plain(message.reasoning)
         if message.tool_calls:
-            entry["tool_calls"] = [self._call(call) for call in message.tool_calls]
+            entry["tool_calls"] = list(map(self._call, message.tool_calls, ids))
         if message.role == "tool":
-            entry["tool_call_id"] = message.tool_call_id
-            entry["name"] = names.get(message.tool_call_id, "")
+            called = shown.get(message.tool_call_id, (message.tool_call_id, ""))
+            entry["tool_call_id"], entry["name"] = map(self._plain, called)
         return entry
 
-    def _call(self, call: ToolCall) -> dict[str, Any]:
+    def _call(self, call: ToolCall, shown: str) -> dict[str, Any]:
         try:
             arguments: Any = json.loads(self._plain(call.arguments) or "{}")
         except ValueError:
             arguments = self._plain(call.arguments)
+        if self._writes_text and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
         function = {"name": self._plain(call.name), "arguments": arguments}
-        return {"type": "function", "id": call.id, "function": function}
+        return {"type": "function", "id": self._plain(shown), "function": function}
+
+    def _shown_id(self, call: ToolCall, number: int) -> str:
+        form = self._family.call_id if self._family else ""
+        return form.format(name=call.name, number=number) or call.id
+
+    @cached_property
+    def _family(self) -> Family | None:
+        return family(str(self._tokenizer.chat_template))
+
+    @cached_property
+    def _writes_text(self) -> bool:
+        """Whether the template writes a call's arguments down as the text that they have to be then."""
+        function = {"name": "f", "arguments": {"a": 1}}
+        call = {"type": "function", "id": "f", "function": function}
+        try:
+            self._render(
+                [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], ()
+            )
+        except TypeError:
+            return True
+        return False
 
     def _render(self, chat: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
         return self._template(chat, tools, add_generation_prompt=True)
@@ -224,6 +298,18 @@ class ChatTokenizer:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _opened(prompt: str) -> str:
+    """The thought that a prompt begins for the answer; "" for none."""
+    kept = prompt.rstrip("\n")
+    return prompt[len(kept.removesuffix("<think>")) :] if kept.endswith("<think>") else ""
+
+
+def _num_answered(history: Sequence[Message]) -> int:
+    """How many messages there are up to the last answer."""
+    answers = [at for at, message in enumerate(history) if message.role == "assistant"]
+    return answers[-1] + 1 if answers else 0
 
 
 def _pieces(tokenizer: Any) -> dict[str, Any]:

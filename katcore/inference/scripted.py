@@ -36,6 +36,7 @@ class ScriptedEngine:
             raise EngineError(f"session {request.session_id}: its programme has no turn {number}")
         turn = self._turns[number]
         text, calls = (turn, ()) if isinstance(turn, str) else ("", turn)
-        ids = self._chat.answer_ids(Message("assistant", text, tool_calls=calls), request.tools)
+        answer = Message("assistant", text, tool_calls=calls)
+        ids = self._chat.answer_ids(answer, request.tools, request.messages)
         logprobs = (0.0,) * len(ids)
         return Generation(ids, logprobs, text, "stop", POLICY, "scripted", tool_calls=calls)

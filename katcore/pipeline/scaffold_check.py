@@ -129,7 +129,8 @@ class _Player:
         text, calls = (said, ()) if isinstance(said, str) else ("", said)
         if not self._has_tools:
             text, calls = json.loads(calls[0].arguments)["command"] if calls else "submit", ()
-        ids = self._chat.answer_ids(Message("assistant", text, tool_calls=calls), request.tools)
+        answer = Message("assistant", text, tool_calls=calls)
+        ids = self._chat.answer_ids(answer, request.tools, request.messages)
         nothing = (0.0,) * len(ids)
         return Generation(ids, nothing, text, "stop", "scripted", "scripted", tool_calls=calls)
 

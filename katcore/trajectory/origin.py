@@ -26,8 +26,10 @@ class Encoder(Protocol):
     ) -> tuple[int, ...]:
         """Ids of `messages[start:]`, as `Engine.encode`."""
 
-    def answer_ids(self, message: Message, tools: Sequence[Tool]) -> tuple[int, ...]:
-        """Ids of an answer, its end-of-turn token included."""
+    def answer_ids(
+        self, message: Message, tools: Sequence[Tool], history: Sequence[Message] = ()
+    ) -> tuple[int, ...]:
+        """Ids of an answer to `history`, its end-of-turn token included."""
 
 
 class RlTreeConfig(TreeConfig):
@@ -104,7 +106,7 @@ def tokenised(trajectory: Trajectory, encoder: Encoder) -> Trajectory:
             ids = encoder.encode(prompt, tools=tools)
             num_shared = num_common(ids, before)
             new = ids[num_shared:]
-        answer = encoder.answer_ids(turn.message, tools)
+        answer = encoder.answer_ids(turn.message, tools, prompt)
         whole.append((*before[:num_shared], *new, *answer))
         turns.append(
             replace(

@@ -1,44 +1,38 @@
 """The chat formats of model families: what the template renders is read back as it was meant."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl import chat_template_utils as trl
 
 from katcore.errors import EngineError, RequestError
 from katcore.inference.bytes import write_byte_tokenizer
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.scripted import ScriptedEngine
 from katcore.schema.call import EngineRequest, Message, Sampling, Tool, ToolCall
+from tests.inference.families import FAMILIES, small
 
-FAMILIES = {
-    "qwen2.5": (trl.qwen2_5_chat_template, "<|im_end|>"),
-    "qwen3": (trl.qwen3_chat_template, "<|im_end|>"),
-    "qwen3-2507": (trl.qwen3_instruct_2507_chat_template, "<|im_end|>"),
-    "qwen3.6": (trl.qwen3_6_chat_template, "<|im_end|>"),
-    "llama3.1": (trl.llama3_1_chat_template, "<|eot_id|>"),
-    "qwen3.5": (trl.qwen3_5_nothink_chat_template, "<|im_end|>"),
-    "qwen3.5-think": (trl.qwen3_5_think_chat_template, "<|im_end|>"),
-    "qwen3.8": (trl.qwen3_8_chat_template, "<|im_end|>"),
-    "glm4-moe": (trl.glm4moe_chat_template, "<|observation|>"),
-    "gpt-oss": (trl.gptoss_chat_template, "<|call|>"),
-}
 SCHEMA = (
     '{"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "integer"}},'
     ' "required": ["command"]}'
 )
 BASH = Tool("bash", "runs a command", SCHEMA)
+ONE_CALL = ("llama3.1", "gpt-oss")
+"""Families whose chat templates write one call in an answer, and no more."""
 _WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    template, end = FAMILIES[request.param]
-    folder = tmp_path_factory.mktemp("family")
-    return ChatTokenizer(write_byte_tokenizer(folder, template=template, end=end))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def chat(name: str, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return small(name, tmp_path_factory.mktemp("family"))
 
 
 def asks(*commands: str) -> Message:
@@ -47,14 +41,10 @@ def asks(*commands: str) -> Message:
 
 
 def _arguments(command: str) -> str:
-    import json
-
     return json.dumps({"command": command, "n": 3}, ensure_ascii=False)
 
 
 def parsed(calls: Any) -> list[Any]:
-    import json
-
     return [(call.name, json.loads(call.arguments)) for call in calls]
 
 
@@ -68,17 +58,45 @@ def test_a_rendered_tool_call_is_read_back(chat: ChatTokenizer, command: str) ->
     assert (text.strip(), reasoning) == ("", "")
 
 
-def test_what_follows_a_tool_call_is_the_tail_of_the_whole(chat: ChatTokenizer) -> None:
+def test_what_follows_tool_calls_is_the_tail_of_the_whole(name: str, chat: ChatTokenizer) -> None:
     """Only what a family never shows again (the reasoning of earlier answers) may differ."""
-    question, answer = Message("user", "go"), asks("ls -a")
-    output = Message("tool", "file é\n", tool_call_id="c0")
+    commands = ("ls -a",) if name in ONE_CALL else ("ls -a", "pwd")
+    question, answer = Message("user", "go"), asks(*commands)
+    outputs = [Message("tool", f"file é{n}\n", tool_call_id=f"c{n}") for n in range(len(commands))]
     ids = chat.encode([question], tools=[BASH]) + chat.answer_ids(answer, [BASH])
-    ids += chat.encode([question, answer, output], tools=[BASH], start=2)
-    whole = chat.encode([question, answer, output], tools=[BASH])
+    ids += chat.encode([question, answer, *outputs], tools=[BASH], start=2)
+    whole = chat.encode([question, answer, *outputs], tools=[BASH])
     text, expected = (chat._tokenizer.decode(list(item)) for item in (ids, whole))
-    for thought in ("<think>\n\n</think>\n\n", "<think></think>"):
+    for thought in (
+        "<think>\n\n</think>\n\n",
+        "<think></think>",
+        "<think>",
+        "\n</think>\n\n",
+        "</think>",
+    ):
         text, expected = text.replace(thought, ""), expected.replace(thought, "")
     assert text == expected
+
+
+def test_parallel_calls_are_read_in_their_order(name: str, chat: ChatTokenizer) -> None:
+    if name in ONE_CALL:
+        return
+    message = asks("ls", "pwd", "ls")
+    prompt = chat.encode([Message("user", "go")], tools=[BASH])
+    text, _, calls = chat.read(chat.answer_ids(message, [BASH]), prompt, [BASH])
+    assert parsed(calls) == parsed(message.tool_calls)
+    assert not text.strip()
+
+
+def test_a_text_is_read_as_text_also_where_the_template_began_a_thought(
+    chat: ChatTokenizer,
+) -> None:
+    prompt = chat.encode([Message("user", "go")])
+    ids = chat.answer_ids(Message("assistant", "done"), (), [Message("user", "go")])
+    assert chat.read(ids, prompt) == ("done", "", ())
+    if chat._tokenizer.decode(list(prompt)).rstrip().endswith("<think>"):
+        ids = chat.answer_ids(Message("assistant", "done", "hm"), ())
+        assert chat.read(ids, prompt) == ("done", "hm", ())
 
 
 def test_text_that_only_looks_like_a_tool_call_stays_text(chat: ChatTokenizer) -> None:
@@ -100,8 +118,7 @@ async def test_a_script_may_ask_for_tools(chat: ChatTokenizer) -> None:
 
 
 def test_reasoning_is_told_from_the_answer(tmp_path: Path) -> None:
-    template, end = FAMILIES["qwen3"]
-    chat = ChatTokenizer(write_byte_tokenizer(tmp_path, template=template, end=end))
+    chat = small("qwen3", tmp_path)
     ids = chat._ids("<think>\nhm\n</think>\n\n42<|im_end|>")
     assert chat.read(ids) == ("42", "hm", ())
 

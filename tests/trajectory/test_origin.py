@@ -33,7 +33,9 @@ STRICT = {
 
 
 class Encoder(FakeEngine):
-    def answer_ids(self, message: Message, tools: Sequence[Tool]) -> tuple[int, ...]:
+    def answer_ids(
+        self, message: Message, tools: Sequence[Tool], history: Sequence[Message] = ()
+    ) -> tuple[int, ...]:
         called = "".join(f"<{call.name}{call.arguments}>" for call in message.tool_calls)
         return (*map(ord, message.content + called), END)
 
