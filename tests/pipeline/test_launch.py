@@ -86,5 +86,5 @@ def test_who_starts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_in_a_process_is_one_of_the_command() -> None:
-    with pytest.raises(StageError, match="process 0 of 2 exited with 2"):
+    with pytest.raises(StageError, match=r"process [01] of 2 exited with 2"):
         launch.launch(["sft", "/nonexistent.yaml"], ScaleSettings(processes=2))
