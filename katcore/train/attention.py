@@ -97,6 +97,8 @@ def attend(  # noqa: PLR0913 - transformers calls it
         return found
     if dropout:
         raise ValueError("a token tree needs attention without dropout: call model.eval()")
+    # Where products are in bfloat16, rotary embedding leaves float32 behind.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     seen = [(key, value)]
     if tree.past:
         seen = [*tree.past.stretches(module.layer_idx, (key, value)), *seen]

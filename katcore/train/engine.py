@@ -14,7 +14,7 @@ from katcore.train.batch import TreeBatch, Weighting, collate
 from katcore.train.forest import heavy_first, renumbered
 from katcore.train.layout import Layout, packed
 from katcore.train.objective import Objective, is_separable
-from katcore.train.policy import hidden
+from katcore.train.policy import go_back, hidden
 from katcore.train.relay import Ends, backward
 
 
@@ -44,7 +44,7 @@ class Engine:
             tensors.append(balance)
             grads.append(torch.ones_like(balance))
             loss += float(balance.detach())
-        torch.autograd.backward(tensors, grads)
+        go_back(self.model, found, tensors, grads)
         return loss
 
     def backward_in_parts(

@@ -10,7 +10,7 @@ from torch import Tensor
 from katcore.train.attention import KeyValue, TreeMask
 from katcore.train.batch import TreeBatch
 from katcore.train.partition import Part, plan
-from katcore.train.policy import hidden
+from katcore.train.policy import go_back, hidden
 
 Ends = tuple[list[Tensor], list[Tensor]]
 """Tensors to go backwards from, and their gradients."""
@@ -101,8 +101,7 @@ class _Walk:
         for below in part.parts:
             self.visit(below, [*path, (chain, len(below.path) - len(part.path))])
         more = chain.ends
-        if tensors or more[0]:
-            torch.autograd.backward(tensors + more[0], grads + more[1])
+        go_back(self.model, found, tensors + more[0], grads + more[1])
         past.relay()
 
     def _parents(self, part: Part) -> list[int]:
