@@ -64,9 +64,13 @@ class _Past:
         return [num for _, num in self._path]
 
     def stretches(self, layer: int, own: KeyValue) -> list[KeyValue]:
-        """Those above; the part's own are kept for the parts below it."""
-        self._own.keep(layer, own)
-        self._leaves[layer] = [chain.leaves(layer, num) for chain, num in self._path]
+        """Those above; the part's own are kept for the parts below it.
+
+        A layer that is computed again on the way back gets what it got: the gradients come to those.
+        """
+        if layer not in self._leaves:
+            self._own.keep(layer, own)
+            self._leaves[layer] = [chain.leaves(layer, num) for chain, num in self._path]
         return self._leaves[layer]
 
     def relay(self) -> None:
