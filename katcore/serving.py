@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from katcore.settings import Settings
 
 
-class ServeSettings(BaseModel):
+class ServeSettings(Settings):
     """The engines that make the rollouts of training (`rl`, `distill`), and how they get new weights.
 
     `embedded` samples in the trainer's process; `vllm` starts `replicas` servers of `tensor_parallel` GPUs
@@ -15,8 +17,6 @@ class ServeSettings(BaseModel):
     the trainer steps. `disaggregated` has its own, and need not wait: with `staleness` the rollouts of a step
     may begin that many steps before it, and their tokens are of weights at most so much older.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine: Literal["embedded", "vllm"] = "embedded"
     replicas: int = Field(default=1, ge=1)

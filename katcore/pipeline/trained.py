@@ -151,6 +151,8 @@ def _preset(name: str, config: TrainingConfig) -> Preset:
     given: dict[str, Any] = {
         "model": ModelSettings(context=config.context),
         "micro_batch_tokens": config.micro_batch_tokens,
+        "scale": config.scale,
+        "lora": config.lora,
     }
     if isinstance(config, RolloutConfig):
         given |= {

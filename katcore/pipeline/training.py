@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from katcore.config import (
     DistillSettings,
+    LoraSettings,
     RlSettings,
+    ScaleSettings,
     Settings,
     SftSettings,
     check_staleness,
@@ -26,6 +28,7 @@ class TrainingConfig(Settings):
     `model` is a model folder, the folder of an earlier training, or a registered model:
     `models:/NAME/VERSION` or `models:/NAME@ALIAS`. `context` bounds a sample, and a conversation.
     `micro_batch_tokens` bounds the padded tokens of one pass: memory, never results.
+    `scale` and `lora` are those of a preset; without `lora` all weights are trained.
     """
 
     model: str
@@ -34,6 +37,8 @@ class TrainingConfig(Settings):
     context: int = Field(default=4096, ge=2)
     micro_batch_tokens: int = Field(default=8192, ge=1)
     threads: int = Field(default=2, ge=1)
+    scale: ScaleSettings = ScaleSettings()
+    lora: LoraSettings | None = None
 
 
 class SftConfig(TrainingConfig):
