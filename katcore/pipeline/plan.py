@@ -133,7 +133,7 @@ def _expert_stages(
             "sft",
             "synthesize",
             "collect",
-            config=rollout | _dump(preset, "rl", "balance"),
+            config=rollout | _dump(preset, "rl", "balance", "serve"),
             uses=offers,
         ),
         stage(
@@ -176,7 +176,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
                 *of("synthesize"),
                 *(of("evaluate") if _may_teach_all(preset) else ()),
             ],
-            rollout | _dump(preset, "distill", "balance") | {"by_expert": own},
+            rollout | _dump(preset, "distill", "balance", "serve") | {"by_expert": own},
             offers,
         ),
         stage(

@@ -160,6 +160,7 @@ def _preset(name: str, config: TrainingConfig) -> Preset:
             "sandbox_options": config.sandbox.options,
             "concurrency": config.concurrency,
             "max_new_tokens": config.max_new_tokens,
+            "serve": config.serve,
         }
     for section in ("sft", "rl", "distill"):
         if hasattr(config, section):

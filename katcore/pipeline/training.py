@@ -14,10 +14,12 @@ from katcore.config import (
     ScaleSettings,
     Settings,
     SftSettings,
+    check_staleness,
     load_yaml,
 )
 from katcore.errors import ConfigError
 from katcore.pipeline.collection import Choice
+from katcore.serving import ServeSettings
 
 
 class TrainingConfig(Settings):
@@ -71,6 +73,7 @@ class RolloutConfig(TrainingConfig):
     sandbox: Choice = Choice(name="local")
     concurrency: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
+    serve: ServeSettings = ServeSettings()
 
 
 class RlConfig(RolloutConfig, TasksConfig):
@@ -85,6 +88,7 @@ class RlConfig(RolloutConfig, TasksConfig):
             raise ValueError(
                 "rl.tasks: only a run's stages know which are unseen; name a folder of such tasks"
             )
+        check_staleness(self.rl, self.serve)
         return self
 
 
