@@ -262,7 +262,11 @@ def load_preset(name_or_path: str) -> Preset:
                 f"no preset named {name_or_path!r}; choose one of: {', '.join(preset_names())},"
                 " or give the path of a YAML file"
             )
-    return load_yaml(path, Preset, name=path.stem)
+    preset = load_yaml(path, Preset, name=path.stem)
+    if not preset.model.path:
+        return preset
+    folder = str((path.parent / Path(preset.model.path).expanduser()).resolve())
+    return preset.model_copy(update={"model": preset.model.model_copy(update={"path": folder})})
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

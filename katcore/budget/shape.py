@@ -139,7 +139,9 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
             f"{source}: model_type {family!r} cannot be estimated; known are: {', '.join(_FAMILIES)}"
         )
     if missing := [key for key in _NEEDED if key not in config]:
-        raise ConfigError(f"{source}: {', '.join(missing)} is missing; is it a model's config.json?")
+        raise ConfigError(
+            f"{source}: {', '.join(missing)} is missing; is it a model's config.json?"
+        )
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     bias = bool(config.get("attention_bias", False))
     return Shape(

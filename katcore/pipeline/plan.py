@@ -15,6 +15,7 @@ from typing import Any
 
 from katcore.config import Preset
 from katcore.errors import ConfigError
+from katcore.inference import source
 from katcore.plugin import Plugins
 from katcore.schema.expert import Expert
 
@@ -84,7 +85,7 @@ def build_plan(
         )
     for name in (*preset.synthesis, *preset.experts):
         plugins.find("expert", name)
-    specs = [StageSpec("base", "base", config=_dump(preset, "model", "base") | {"seed": seed})]
+    specs = [StageSpec("base", "base", config=_base_config(preset) | {"seed": seed})]
     for name in names:
         plugins.find("expert", name)
     chosen = [plugins.experts()[name] for name in names]
@@ -209,6 +210,14 @@ def _rollout_config(
         ("formatter", expert.formatter),
     )
     return config, offers
+
+
+def _base_config(preset: Preset) -> dict[str, Any]:
+    """With what tells one state of a folder that it starts from from another."""
+    found = _dump(preset, "model", "base")
+    if preset.model.kind == "folder":
+        found["files"] = source.files_of(Path(preset.model.path))
+    return found
 
 
 def _dump(preset: Preset, *names: str) -> dict[str, Any]:
