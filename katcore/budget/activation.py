@@ -21,8 +21,8 @@ _LOSS = 10
 class Precision:
     """What passes compute in: numbers of `element` bytes.
 
-    With `is_mixed` weights are float32 and products bfloat16: each product keeps a copy of its input, and what
-    lies between products is float32.
+    With `is_mixed` weights are float32 and products bfloat16: each product keeps a copy of its input, and
+    what lies between products is float32. Experts are, too: autocast knows nothing of their products.
     """
 
     element: int = 4
@@ -42,8 +42,8 @@ def layer_bytes(shape: Shape, precision: Precision, lora: LoraSettings | None = 
     dense = 4 * element * shape.intermediate
     sparse = 0
     if shape.sparse_layers:
-        one = 2 * hidden + 4 * shape.expert_intermediate
-        sparse = shape.experts_per_token * (element * one + 40) + 8 * shape.experts
+        one = (4 if is_mixed else element) * (2 * hidden + 4 * shape.expert_intermediate)
+        sparse = shape.experts_per_token * (one + 40) + 8 * shape.experts
     mlp = sparse if shape.sparse_layers == shape.layers else max(dense, sparse)
     return kept + mlp + (_adapter_bytes(shape, element, lora) if lora else 0)
 

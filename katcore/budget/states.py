@@ -1,11 +1,11 @@
 """Weights, gradients and optimizer of one process, alone or spread by DeepSpeed's ZeRO (arXiv 1910.02054).
 
 With P parameters, T of them trained, N processes: up to stage 2 a process holds all weights in float32, 4 P
-bytes, with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T. Stages 1
-and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a second
-set of whole gradients is there while they are handed over. Stage 3 is what DeepSpeed holds in bfloat16: weights
-of 2 P and gradients of 2 T, float32 weights and moments of 12 T, all divided by N, and float32 gradients of
-what one update takes at a time; frozen models are divided, too.
+bytes, and with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T.
+Stages 1 and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a
+second set of whole gradients is there while they are handed over. Stage 3 is what DeepSpeed holds in bfloat16:
+weights of 2 P and gradients of 2 T, float32 weights and moments of 12 T, all divided by N, and float32
+gradients of what one update takes at a time; frozen models are divided, too.
 
 tests/budget/test_states.py compares with what torch and DeepSpeed hold, and with DeepSpeed's estimators.
 """

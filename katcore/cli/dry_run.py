@@ -96,6 +96,8 @@ def _print(report: Report) -> None:
     for one in report.stages:
         if one.update:
             out.print(_step(one), markup=False, highlight=False, soft_wrap=True)
+    if report.asked.preset.scale.zero == 3:
+        say("scale.zero: 3 is an estimate: trainings refuse it so far")
     if card is None:
         say("no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}")
 

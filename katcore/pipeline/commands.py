@@ -7,12 +7,13 @@ from urllib.parse import urlsplit
 
 from katcore.config import Preset
 from katcore.inference.vllm_server import HOST, Start
+from katcore.serving import ServeSettings
 from katcore.settings import ScaleSettings
 
 MEET_AT = "HOST:29500"
 """Where processes of several machines meet: an address of the first one, which is the user's to say."""
 _PORT = 8000
-_SERVED = Path("MODEL")
+_SERVED = Path("/MODEL")
 """Stands for the model that is trained: where it lies is known when the stage before is done."""
 
 
@@ -57,9 +58,28 @@ def server_lines(preset: Preset) -> Iterator[str]:
         *("--max-model-len", str(preset.model.context)),
         *map(str, serve.options.get("arguments", ())),
     )
+    start = Start(
+        _SERVED,
+        Path("python"),
+        arguments,
+        takes_weights=True,
+        sleeps=serve.placement == "colocated",
+    )
     for number in range(serve.replicas):
-        url = urlsplit(serve.urls[number]) if serve.urls else None
-        command = Start(_SERVED, Path("python"), arguments).command((url and url.port) or _PORT + number)
-        if url:
+        if serve.urls:
+            url = urlsplit(serve.urls[number])
+            command = start.command(url.port or _PORT)
             command[command.index(HOST)] = url.hostname or HOST
-        yield f"VLLM_SERVER_DEV_MODE=1 {shlex.join(command)}"
+            given = "VLLM_SERVER_DEV_MODE=1"
+        else:
+            command = start.command(_PORT + number)
+            devices = ",".join(map(str, devices_of(serve, number)))
+            given = f"VLLM_SERVER_DEV_MODE=1 CUDA_VISIBLE_DEVICES={devices}"
+        yield f"{given} {shlex.join(command)}"
+
+
+def devices_of(serve: ServeSettings, number: int) -> tuple[int, ...]:
+    """The GPUs of one replica."""
+    num = serve.tensor_parallel
+    every = serve.devices or tuple(range(serve.replicas * num))
+    return every[number * num : (number + 1) * num]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from katcore.budget.activation import Precision, activation_bytes, layer_bytes
 from katcore.budget.shape import shape_of
 
-TOKENS = 192
+TOKENS = 200
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 6,

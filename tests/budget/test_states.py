@@ -94,7 +94,9 @@ def test_stage_3_is_what_deepspeed_estimates_of_offloaded_states(
         host, gpu, layer = of_stage_3(
             total, largest, processes, nodes, cpu_offload=True, cpu_offload_params=moves_weights
         )
-        assert found.weights + found.gradients + found.optimizer == pytest.approx(gpu - layer, abs=8)
+        assert found.weights + found.gradients + found.optimizer == pytest.approx(
+            gpu - layer, abs=8
+        )
         assert found.host == pytest.approx(host, abs=8)
         assert found.gathered + found.buckets >= layer
     whole = states(shape, scale(**given))
@@ -106,7 +108,10 @@ def test_stage_3_is_what_deepspeed_estimates_of_offloaded_states(
 
 def test_frozen_weights_have_neither_gradients_nor_states() -> None:
     shape = MODELS[3]
-    full, tuned = states(shape, ScaleSettings()), states(shape, ScaleSettings(), LoraSettings(rank=8))
+    full, tuned = (
+        states(shape, ScaleSettings()),
+        states(shape, ScaleSettings(), LoraSettings(rank=8)),
+    )
     adapters = shape.adapters(8)
     assert tuned.weights == full.weights + 4 * adapters
     assert (tuned.gradients, tuned.optimizer) == (4 * adapters, 8 * adapters)

@@ -1,6 +1,7 @@
 """`kat train --dry-run`: commands, memory and refusals of presets and of training files."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from kat_engines.config import VllmConfig, _own_server
 from katcore.budget.card import CARDS, GIB, find_card
 from katcore.budget.shape import known_models
 from katcore.cli import app
 from katcore.cli.dry_run import training_verb
 from katcore.config import load_preset, preset_names
+from katcore.pipeline.commands import launched, server_lines
 from katcore.pipeline.dry_run import asked_of_preset, dry_run
-from katcore.pipeline.launch import launched
 from katcore.settings import ScaleSettings
 
 SMALL = """
@@ -69,7 +71,9 @@ def test_each_change_that_it_names_does_fit_and_nothing_less_would(small: Path) 
     asked = asked_of_preset(load_preset(str(small)), str(small), ("swe", "terminal"))
     report = dry_run(asked, "RTX4090")
     assert report.changes
-    sizes = {sum(len(v) if isinstance(v, dict) else 1 for v in one.values()) for one in report.changes}
+    sizes = {
+        sum(len(v) if isinstance(v, dict) else 1 for v in one.values()) for one in report.changes
+    }
     for number, change in enumerate(report.changes):
         content = load_preset(str(small)).model_dump()
         for section, values in change.items():
@@ -123,7 +127,7 @@ def test_a_trainings_file_is_one_stage(tmp_path: Path) -> None:
     (stage,) = record(str(file), "--gpu", "H200")["stages"]
     assert stage["stage"] == "sft"
     (line,) = stage["commands"]["node 0"]
-    assert line.endswith(f"-m katcore.cli sft {file}")
+    assert line == f"kat sft {file}"
 
 
 @pytest.mark.parametrize(
@@ -140,10 +144,49 @@ def test_files_are_told_apart(tmp_path: Path, text: str, verb: str) -> None:
     assert training_verb(tmp_path / "file.yaml") == verb
 
 
-def test_machines_are_told_which_they_are() -> None:
-    scale = ScaleSettings(processes=8, nodes=2)
-    lines = [launched(scale, node, ["sft", "x.yaml"]) for node in range(2)]
-    for node, line in enumerate(lines):
-        assert line[line.index("--node-rank") + 1] == str(node)
-        assert line[line.index("--nproc-per-node") + 1] == "8"
-    assert launched(ScaleSettings(), 0, ["sft", "x.yaml"]) == ["kat", "sft", "x.yaml"]
+def test_several_machines_meet_by_torchrun() -> None:
+    line = shlex.join(launched(ScaleSettings(processes=8, nodes=2), ["sft", "x.yaml"]))
+    assert line.startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d")
+    assert line.endswith(" -m katcore.cli sft x.yaml")
+    # On one machine kat starts the processes itself.
+    assert launched(ScaleSettings(processes=8), ["sft", "x.yaml"]) == ["kat", "sft", "x.yaml"]
+
+
+def test_servers_are_started_as_the_engine_starts_them(tmp_path: Path) -> None:
+    """The line is the one of the engine's own server, but for model, interpreter and port."""
+    (tmp_path / "config.json").write_text("{}")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    preset = load_preset("gpu8")
+    for number, line in enumerate(server_lines(preset)):
+        options = {
+            "model": tmp_path,
+            "python": python,
+            "context": preset.model.context,
+            "tensor_parallel_size": preset.serve.tensor_parallel,
+            "devices": tuple(range(4 * number, 4 * number + 4)),
+            "takes_weights": True,
+            "sleeps": True,
+            **preset.serve.options,
+        }
+        start = _own_server(VllmConfig.model_validate(options))._start
+        command = shlex.join(start.command(8000 + number)).replace(str(python), "python")
+        command = command.replace(str(tmp_path), "/MODEL").replace(tmp_path.name, "MODEL")
+        given = start.environment("key")
+        names = ("VLLM_SERVER_DEV_MODE", "CUDA_VISIBLE_DEVICES")
+        assert line == " ".join([*(f"{name}={given[name]}" for name in names), command])
+
+
+def test_servers_elsewhere_are_to_be_started_there() -> None:
+    lines = list(server_lines(load_preset("cluster")))
+    assert len(lines) == 4
+    assert "--host rollout-3 --port 8000" in lines[3]
+    assert "--enable-sleep-mode" not in lines[3]
+
+
+def test_what_trainings_do_not_do_yet_is_said() -> None:
+    assert (
+        "scale.zero: 3 is an estimate: trainings refuse it so far" in kat("--preset", "gpu8").output
+    )
+    assert "so far" not in kat("--preset", "nano").output
