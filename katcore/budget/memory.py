@@ -53,8 +53,8 @@ def update_parts(need: Need) -> Parts:
     activations = activation_bytes(
         need.shape,
         need.held_tokens,
-        Precision(element, is_mixed=element < 4 and need.scale.zero < 3),
-        is_recomputed=need.scale.recompute,
+        Precision(element, is_mixed=element < 4),
+        is_recomputed=need.scale.recompute or need.scale.zero == 3,
         lora=need.lora,
     )
     return {

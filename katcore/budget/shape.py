@@ -59,15 +59,19 @@ class Shape:
     @property
     def num_parameters(self) -> int:
         """All; tied embeddings count once."""
-        ends = self.embedding * (1 if self.is_tied else 2) + self.hidden
         dense = self.layers - self.sparse_layers
-        return ends + dense * self.dense_layer + self.sparse_layers * self.sparse_layer
+        return self.ends + dense * self.dense_layer + self.sparse_layers * self.sparse_layer
 
     @property
     def num_active(self) -> int:
         """Those that one token uses: of the experts, only the ones it is sent to."""
         idle = self.experts - self.experts_per_token
         return self.num_parameters - self.sparse_layers * idle * self.expert
+
+    @property
+    def ends(self) -> int:
+        """Of what is no layer: embedding, last norm, output projection."""
+        return self.embedding * (1 if self.is_tied else 2) + self.hidden
 
     @property
     def embedding(self) -> int:
@@ -101,9 +105,10 @@ class Shape:
 
     @property
     def largest_layer(self) -> int:
-        """Of the largest layer, embeddings included: what is whole at once when all else is spread."""
-        layers = (self.sparse_layer if self.sparse_layers else 0, self.dense_layer)
-        return max(self.embedding, layers[0] if self.sparse_layers == self.layers else max(layers))
+        """Of the largest layer."""
+        if self.sparse_layers == self.layers:
+            return self.sparse_layer
+        return max(self.dense_layer, self.sparse_layer if self.sparse_layers else 0)
 
     def adapters(self, rank: int, targets: str | tuple[str, ...] = "all-linear") -> int:
         """Of LoRA: for each matrix from n to m, rank * (n + m). Experts and router have none.

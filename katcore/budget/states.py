@@ -3,11 +3,11 @@
 With P parameters, T of them trained, N processes: up to stage 2 a process holds all weights in float32, 4 P
 bytes, and with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T.
 Stages 1 and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a
-second set of whole gradients is there while they are handed over. Stage 3 is what DeepSpeed holds in bfloat16:
-weights of 2 P and gradients of 2 T, float32 weights and moments of 12 T, all divided by N, and float32
-gradients of what one update takes at a time; frozen models are divided, too.
+second set of whole gradients is there while they are handed over. Stage 3 divides all by N but what is no
+layer, and has one layer whole at a time. That frozen models are divided, too, is what it would take: so far
+nothing that has some is trained with stage 3.
 
-tests/budget/test_states.py compares with what torch and DeepSpeed hold, and with DeepSpeed's estimators.
+tests/budget/test_states.py compares with what torch holds, and with DeepSpeed's estimators.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from katcore.budget.shape import Shape
 from katcore.settings import LoraSettings, ScaleSettings
 
-_LIVE = 10**9
-"""Parameters that stage 3 keeps whole, and updates at once (stage3_max_live_parameters, sub_group_size)."""
 _BUCKET = 5 * 10**8
 """Elements that DeepSpeed reduces, or gathers, together (reduce_bucket_size, allgather_bucket_size)."""
 _SUM = 1 << 25
-"""Elements that are summed together without ZeRO (`katcore.train.ranks`)."""
+"""Elements that are summed together without DeepSpeed."""
 _HOST = 1.5
 """Pinned memory comes in powers of two, and updates are copied: DeepSpeed's own factor."""
 
@@ -49,7 +47,7 @@ def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None)
     total = shape.num_parameters + adapters
     trained = adapters or total
     if scale.zero == 3:
-        return _sharded(shape, scale, total, trained)
+        return _layerwise(shape, scale, adapters)
     copies = 2 * (total - shape.embedding * (not shape.is_tied)) if _is_narrow(scale) else 0
     frozen = 4 * shape.num_parameters
     if not scale.zero:
@@ -71,27 +69,20 @@ def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None)
     )
 
 
-def _sharded(shape: Shape, scale: ScaleSettings, total: int, trained: int) -> States:
-    element, world = element_bytes(scale), scale.world
-    wide = 4 if _is_narrow(scale) else 0
-    shard = trained / world
-    weights, gradients = element * total / world, element * shard + wide * min(shard, _LIVE)
-    optimizer, host = (8 + wide) * shard, 0.0
-    if scale.offload != "none":
-        gradients = optimizer = 0
-        host = 16 * trained / scale.nodes
-    if scale.offload == "all":
-        host += element * total / scale.nodes
-        weights = 0
+def _layerwise(shape: Shape, scale: ScaleSettings, adapters: int) -> States:
+    """Stage 3. Gradients of a layer are whole twice: as they are added up, and the one that is added."""
+    inner, ends, layer = shape.num_parameters - shape.ends, shape.ends, shape.largest_layer
+    own = adapters / scale.world if adapters else inner / scale.world + ends
+    frozen = inner / scale.world + ends
+    each = 4 + 2 * _is_narrow(scale) + (0 if adapters else 8)
     return States(
-        int(weights),
-        0,
-        int(element * shape.num_parameters / world),
-        int(gradients),
-        int(optimizer),
-        element * min(total, max(_LIVE, 2 * shape.largest_layer)),
-        2 * element * min(trained, _BUCKET),
-        int(host * _HOST),
+        weights=int(4 * (frozen + adapters / scale.world)),
+        copies=2 * shape.embedding if _is_narrow(scale) else 0,
+        frozen=int(4 * frozen),
+        gradients=int(4 * own),
+        optimizer=int(8 * own),
+        gathered=each * layer,
+        buckets=0 if adapters or scale.world == 1 else 4 * min(ends, _SUM),
     )
 
 

@@ -19,6 +19,8 @@ def shown(report: Report, *, as_json: bool) -> None:
         typer.echo(json.dumps(as_record(report)))
     else:
         _print(report)
+    for line in report.not_there_yet:
+        say(f"not there yet: {line}")
     for line in refusals(report):
         say(line)
     if not report.fits:
@@ -47,6 +49,7 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for one in report.stages
         ],
+        "not_there_yet": report.not_there_yet,
         "changes": report.changes,
     }
 
@@ -96,8 +99,6 @@ def _print(report: Report) -> None:
     for one in report.stages:
         if one.update:
             out.print(_step(one), markup=False, highlight=False, soft_wrap=True)
-    if report.asked.preset.scale.zero == 3:
-        say("scale.zero: 3 is an estimate: trainings refuse it so far")
     if card is None:
         say("no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}")
 

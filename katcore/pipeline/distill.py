@@ -9,11 +9,12 @@ recorded; they are trained on only where the settings say so.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from katcore.config import DistillSettings
+from katcore.config import DistillSettings, is_first_process
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
@@ -36,10 +37,12 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.sample import Sample
 from katcore.schema.task import Task
+from katcore.train import ranks
 from katcore.train.advantage import Advantages, group_advantages
 from katcore.train.batch import turns
 from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
-from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.policy import limit_threads, load_policy
+from katcore.train.prepare import load_trainable, refuse_scattered
 from katcore.train.sft import draw
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
@@ -93,7 +96,8 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     chat = ChatTokenizer(start)
     for domain in domains:
         check_teacher(job, start, chat, domain)
-    model = load_policy(start)
+    refuse_scattered(job.preset)
+    model = load_trainable(start, job.preset, job.seed)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
     trainer = Trainer(model, schedule, **engine_options(job.preset))
@@ -101,7 +105,7 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     history = loop.load()
     loop.learn_from_teachers()
     asyncio.run(loop.run(history))
-    save_policy(model, job.out / "model", tokenizer=start)
+    trainer.publish(job.out, tokenizer=start)
     return {"kl_first": history[0], "kl_last": history[-1]} if history else {}
 
 
@@ -144,7 +148,9 @@ class _Loop:
         self._teachers = Teachers(
             {domain.name: _teacher(domain, trainer.model) for domain in domains}, chosen
         )
-        self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
+        self._engine = None
+        if is_first_process():  # which makes the rollouts that all learn from
+            self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
 
     def load(self) -> list[float]:
         """Go on from the last checkpoint: the mean KL of each on-policy step so far."""
@@ -173,15 +179,21 @@ class _Loop:
         settings, job = self._settings, self._job
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         made = StepRollouts(job.out / "rollouts.jsonl", "distill", len(history))
-        async with open_rollouts(job) as rollouts:
-            parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
+        async with open_rollouts(job) if self._engine else nullcontext() as rollouts:
+            parts = [
+                rollouts.parts(domain.expert, sampling) if rollouts else None
+                for domain in self._domains
+            ]
             for step in range(len(history), settings.steps):
                 started_s = time.perf_counter()
-                self._engine.weights_changed(str(step))
+                if self._engine:
+                    self._engine.weights_changed(str(step))
                 for domain, own in zip(self._domains, parts, strict=True):
-                    await self._make(rollouts, own, made, domain, step)
-                metrics = facts_of(made.of(step), time.perf_counter() - started_s)
-                metrics |= self._learn(made.of(step))
+                    if rollouts and own:
+                        await self._make(rollouts, own, made, domain, step)
+                found = ranks.share(made.of(step))
+                metrics = facts_of(found, time.perf_counter() - started_s)
+                metrics |= self._learn(found)
                 history.append(metrics["kl"])
                 done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
                 job.progress.step(done, total, metrics)
@@ -192,10 +204,12 @@ class _Loop:
     async def _make(
         self, rollouts: Rollouts, parts: Parts, made: StepRollouts, domain: Domain, step: int
     ) -> None:
+        assert self._engine is not None
+        engine = self._engine
         num, seed = domain.settings.prompts, self._job.seed + 29
         chosen = [domain.tasks[at] for at in draw(len(domain.tasks), num, seed, step)]
         attempts = (
-            Attempt(task, self._engine, number, made.label(step))
+            Attempt(task, engine, number, made.label(step))
             for task in chosen
             for number in range(self._settings.group)
         )

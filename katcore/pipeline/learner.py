@@ -8,6 +8,7 @@ from katcore.config import RlSettings
 from katcore.pipeline.prefill import engine_passes, trainer_passes
 from katcore.schema.call import Sampling
 from katcore.schema.sample import Sample
+from katcore.train import ranks
 from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
@@ -18,11 +19,17 @@ class Learner:
     """Changes the trainer's weights as the settings say.
 
     `engine` made the rollouts, with the weights as they are. Where it has to read them again (`mcla`), it is
-    given at most `at_once` requests at a time.
+    given at most `at_once` requests at a time. Of several processes the first alone has it.
     """
 
     def __init__(
-        self, trainer: Trainer, settings: RlSettings, engine: object, *, seed: int, at_once: int
+        self,
+        trainer: Trainer,
+        settings: RlSettings,
+        engine: object | None,
+        *,
+        seed: int,
+        at_once: int,
     ) -> None:
         self._trainer = trainer
         self._settings = settings
@@ -81,14 +88,17 @@ class Learner:
             return trainer_passes(
                 self._trainer, samples, settings.temperature, mcla.passes, order=order
             )
-        return await engine_passes(
-            self._engine,
-            samples,
-            Sampling(settings.temperature),
-            mcla.passes,
-            at_once=self._at_once,
-            order=order,
-        )
+        passes: Passes = {}
+        if self._engine:
+            passes = await engine_passes(
+                self._engine,
+                samples,
+                Sampling(settings.temperature),
+                mcla.passes,
+                at_once=self._at_once,
+                order=order,
+            )
+        return ranks.share(passes)
 
     def _before(
         self, samples: Sequence[Sample], passes: Passes | None

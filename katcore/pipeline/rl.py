@@ -8,8 +8,10 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from katcore.config import is_first_process
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
@@ -30,7 +32,9 @@ from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train import ranks
+from katcore.train.policy import limit_threads
+from katcore.train.prepare import load_trainable, refuse_scattered
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
@@ -45,7 +49,8 @@ def run(job: Job) -> dict[str, float]:
 def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[str, float]:
     """Train the model of a folder on tasks, by the parts that an expert names; see `run`."""
     settings = job.preset.rl
-    model = load_policy(start)
+    refuse_scattered(job.preset)
+    model = load_trainable(start, job.preset, job.seed)
     schedule = Schedule(
         settings.lr,
         settings.steps * settings.epochs * settings.minibatches,
@@ -55,7 +60,7 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
     trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, ChatTokenizer(start), expert)
     rewards = asyncio.run(loop.run(tasks))
-    save_policy(model, job.out / "model", tokenizer=start)
+    trainer.publish(job.out, tokenizer=start)
     edge = max(1, len(rewards) // 5)
     return {
         "reward_first": statistics.fmean(rewards[:edge]),
@@ -69,7 +74,9 @@ class _Loop:
         self._trainer = trainer
         self._settings = job.preset.rl
         self._expert = expert
-        self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
+        self._engine = None
+        if is_first_process():  # which makes the rollouts that all learn from
+            self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
         self._learner = Learner(
             trainer, self._settings, self._engine, seed=job.seed, at_once=job.preset.concurrency
         )
@@ -82,17 +89,20 @@ class _Loop:
         frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
         sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         steps = StepRollouts(job.out / "rollouts.jsonl", "rl", len(rewards))
-        async with open_rollouts(job) as rollouts:
-            parts = rollouts.parts(self._expert, sampling)
+        async with open_rollouts(job) if self._engine else nullcontext() as rollouts:
+            parts = rollouts.parts(self._expert, sampling) if rollouts else None
             for step in range(len(rewards), settings.steps):
                 started_s = time.perf_counter()
-                self._engine.weights_changed(str(step))
-                attempts = (
-                    Attempt(task, self._engine, number, steps.label(step))
-                    for task in frontier.choose(settings.prompts, step)
-                    for number in range(settings.group)
-                )
-                made = await steps.make(rollouts, attempts, parts, step)
+                made: list[Rollout] = []
+                if self._engine and rollouts and parts:
+                    self._engine.weights_changed(str(step))
+                    attempts = (
+                        Attempt(task, self._engine, number, steps.label(step))
+                        for task in frontier.choose(settings.prompts, step)
+                        for number in range(settings.group)
+                    )
+                    made = await steps.make(rollouts, attempts, parts, step)
+                made = ranks.share(made)
                 metrics = facts_of(made, time.perf_counter() - started_s)
                 frontier.learn(made)
                 metrics |= await self._learn(made) | {"pass_rate": frontier.pass_rate}

@@ -60,7 +60,8 @@ def test_parameters_are_those_of_the_model(config: dict[str, Any]) -> None:
     model, shape = built(said), shape_of(said, "here")
     assert shape.num_parameters == model.num_parameters()
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    assert shape.largest_layer == max(*layers, shape.embedding)
+    assert shape.largest_layer == max(layers)
+    assert shape.ends == model.num_parameters() - sum(layers)
 
 
 @pytest.mark.parametrize("name", known_models())

@@ -185,8 +185,12 @@ def test_servers_elsewhere_are_to_be_started_there() -> None:
     assert "--enable-sleep-mode" not in lines[3]
 
 
-def test_what_trainings_do_not_do_yet_is_said() -> None:
+def test_what_trainings_do_not_do_yet_is_said_and_not_begun() -> None:
     assert (
-        "scale.zero: 3 is an estimate: trainings refuse it so far" in kat("--preset", "gpu8").output
+        "not there yet: scale.zero: 3 is refused by rl and distill"
+        in kat("--preset", "gpu8").output
     )
-    assert "so far" not in kat("--preset", "nano").output
+    assert "not there yet" not in kat("--preset", "nano").output
+    done = CliRunner().invoke(app, ["train", "--preset", "gpu8"])
+    assert done.exit_code == 2
+    assert "scale.zero: 3 is refused by rl and distill so far" in done.output
