@@ -241,7 +241,7 @@ def _with_share(options: Mapping[str, Any], share: float) -> dict[str, Any]:
 
 
 def _changed(asked: Asked, change: Change) -> Asked | None:
-    """With a change; None where the settings contradict each other then."""
+    """With a change; None where the settings contradict each other then, or trainings refuse them."""
     content = asked.preset.model_dump()
     for section, values in change.items():
         own = content[section]
@@ -249,6 +249,8 @@ def _changed(asked: Asked, change: Change) -> Asked | None:
     try:
         preset = Preset.model_validate(content)
     except ValidationError:
+        return None
+    if set(not_there_yet(preset, asked.stages)) - set(not_there_yet(asked.preset, asked.stages)):
         return None
     shape = asked.shape
     if preset.model.kind == "scratch":

@@ -61,7 +61,7 @@ def test_it_fits_exactly_from_what_it_needs_on() -> None:
     memory = next(num for num in range(total, 2 * total, 1 << 20) if num - reserve(num) >= total)
     assert not list(excesses(asked, memory))
     (found,) = excesses(asked, memory - (2 << 20))
-    assert (found.phase, found.largest) == ("update", "activations")
+    assert (found.phase, found.largest) == ("update", "optimizer")
     assert 0 < found.over <= 2 << 20
 
 
