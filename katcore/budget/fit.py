@@ -52,7 +52,7 @@ def excesses(need: Need, memory: int) -> Iterator[Excess]:
 def conversations_at_once(need: Need, memory: int) -> int:
     """How many of full length the cache of all vLLM servers together has room for."""
     parts = rollout_parts(need)
-    if need.serve is None or "engine: weights" not in parts:
+    if need.serve is None or need.serve.engine != "vllm" or not parts:
         return 0
     room = int(utilization(need.serve) * memory) - parts["engine: weights"] - parts["engine: room"]
     each = need.context * cache_bytes(need.shape, need.serve)

@@ -7,6 +7,7 @@ from katcore.budget.activation import Precision, activation_bytes, logit_bytes
 from katcore.budget.card import GIB
 from katcore.budget.shape import Shape
 from katcore.budget.states import element_bytes, states
+from katcore.errors import ConfigError
 from katcore.serving import ServeSettings
 from katcore.settings import LoraSettings, ScaleSettings
 
@@ -43,7 +44,8 @@ class Need:
     @property
     def is_shared(self) -> bool:
         """Whether a vLLM server has the trainer's GPUs."""
-        return _is_vllm(self.serve) and self.serve.placement == "colocated"  # type: ignore[union-attr]
+        serve = self.serve
+        return serve is not None and serve.engine == "vllm" and serve.placement == "colocated"
 
 
 def update_parts(need: Need) -> Parts:
@@ -86,9 +88,14 @@ def rollout_parts(need: Need) -> Parts:
         "gradients": found.gradients,
         "optimizer": found.optimizer,
     }
-    if not _is_vllm(serve):
-        cache = need.conversations * need.context * need.shape.kv_bytes(element_bytes(need.scale))
-        return trainer | {"cache": cache, "logits": logit_bytes(need.shape, need.conversations)}
+    if serve.engine != "vllm":
+        each = need.context * need.shape.kv_bytes(4)
+        own = 0 if serve.placement == "colocated" else 4 * need.shape.num_parameters
+        return trainer | {
+            "engine: weights": own * serve.replicas,
+            "engine: cache": need.conversations * each * serve.replicas,
+            "logits": logit_bytes(need.shape, need.conversations),
+        }
     engine = {
         "engine: weights": 2 * need.shape.num_parameters // serve.tensor_parallel,
         "engine: cache": need.context * cache_bytes(need.shape, serve),
@@ -113,14 +120,20 @@ def reserve(memory: int) -> int:
 
 
 def utilization(serve: ServeSettings) -> float:
-    """The share of a card that a vLLM server takes when it starts, as its arguments say."""
+    """The share of a card that a vLLM server takes when it starts, as its arguments say.
+
+    Raises:
+        ConfigError: they say no number.
+    """
     given = [str(one) for one in serve.options.get("arguments", ())]
     for at, one in enumerate(given):
         name, _, value = one.partition("=")
         if name.replace("_", "-") == UTILIZATION:
-            return float(value or given[at + 1])
+            said = value or "".join(given[at + 1 : at + 2])
+            try:
+                return float(said)
+            except ValueError as error:
+                raise ConfigError(
+                    f"serve.options.arguments: {UTILIZATION} {said!r} is no number; say for example 0.9"
+                ) from error
     return _DEFAULT_UTILIZATION
-
-
-def _is_vllm(serve: ServeSettings | None) -> bool:
-    return serve is not None and serve.engine == "vllm"

@@ -77,6 +77,21 @@ def test_servers_share_the_trainers_cards_or_have_their_own() -> None:
     assert not list(excesses(need(scale, greedy | {"placement": "disaggregated"}), memory))
 
 
+def test_engines_in_the_process_have_caches_and_copies_of_their_own() -> None:
+    one = rollout_parts(need({}, {"engine": "embedded"}))
+    two = rollout_parts(need({}, {"replicas": 2, "placement": "disaggregated"}))
+    assert one["engine: cache"] == 4 * 8192 * SHAPE.kv_bytes(4)
+    assert two["engine: cache"] == 2 * one["engine: cache"]
+    assert (one["engine: weights"], two["engine: weights"]) == (0, 8 * SHAPE.num_parameters)
+
+
+def test_a_share_that_is_no_number_is_an_error() -> None:
+    for arguments in (["--gpu-memory-utilization"], ["--gpu-memory-utilization=much"]):
+        asked = need({}, {"engine": "vllm", "options": {"arguments": arguments}})
+        with pytest.raises(ConfigError, match="is no number; say for example"):
+            list(excesses(asked, 80 * GIB))
+
+
 def test_a_cache_has_room_for_whole_conversations() -> None:
     asked = need({}, VLLM | {"replicas": 2, "tensor_parallel": 2})
     memory, each = 80 * GIB, 8192 * SHAPE.kv_bytes() // 2
