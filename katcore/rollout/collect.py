@@ -4,10 +4,12 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from katcore.retry import rule_for
+from katcore.rollout.places import Places
 from katcore.rollout.prepare import Preparations
 from katcore.rollout.single import Attempt, Parts, run_rollout
 from katcore.schema.rollout import Rollout
@@ -18,9 +20,11 @@ _DRAW = random.Random()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many at once."""
+    """How many at once; with `places`, together with all others that take of these, by rank."""
 
     concurrency: int = 32
+    places: Places | None = None
+    rank: int = 0
 
 
 async def collect(
@@ -38,7 +42,8 @@ async def collect(
     try:
         while True:
             for attempt in waiting:
-                running.add(asyncio.create_task(_persist(attempt, parts, preparations)))
+                trying = _placed(limits, _persist(attempt, parts, preparations))
+                running.add(asyncio.create_task(trying))
                 if len(running) >= limits.concurrency:
                     break
             if not running:
@@ -50,6 +55,16 @@ async def collect(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _placed(limits: Limits, trying: Coroutine[Any, Any, Rollout]) -> Rollout:
+    if limits.places is None:
+        return await trying
+    try:
+        async with limits.places.take(limits.rank):
+            return await trying
+    finally:
+        trying.close()
 
 
 async def _persist(attempt: Attempt, parts: Parts, preparations: Preparations) -> Rollout:
