@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -307,6 +307,31 @@ def ledger_url() -> str:
 def run_name() -> str:
     """The scheduled run that this process works for: $KATCORE_RUN, set by the DAG; empty elsewhere."""
     return os.environ.get("KATCORE_RUN", "")
+
+
+class Rank(NamedTuple):
+    """One of `world` processes that train together, which meet at a file, or as torch's variables say."""
+
+    rank: int
+    world: int
+    meet_at: str
+
+
+def rank_of_process() -> Rank | None:
+    """Which process of a training this is, None if it is the only one: RANK and WORLD_SIZE, as torchrun sets.
+
+    Those that `kat` starts meet at a file, $KATCORE_MEET_AT; without it, as torch's own variables say.
+    """
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or world is None:
+        return None
+    return Rank(int(rank), int(world), os.environ.get("KATCORE_MEET_AT", ""))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a training that writes and reports, or the only one."""
+    found = rank_of_process()
+    return found is None or found.rank == 0
 
 
 def blocked_plugins() -> frozenset[str]:

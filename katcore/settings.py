@@ -76,10 +76,10 @@ class ScheduleSettings(Settings):
 class ScaleSettings(Settings):
     """How a model's training is spread: over `processes` on each of `nodes` machines.
 
-    Each process has some of a step's trees; the step is the same however many there are. `zero` is
-    DeepSpeed's stage: what is kept once rather than by each process (1: the optimizer's state, 2: gradients,
-    too, 3: weights, too). `offload` puts the optimizer's state, or with stage 3 weights, too, into main
-    memory. `precision` is that of passes: with bfloat16 the optimizer keeps float32 weights all the same.
+    Each process has some of a step's trees; the step is the same however many there are. `zero` is what is
+    kept once rather than by each process: 1 the optimizer's state, 2 gradients, too, 3 the weights of layers,
+    too. `offload` puts the optimizer's state into main memory, with zero 1 and 2; with 3 it is not there yet.
+    `precision` is that of passes: with bfloat16 the optimizer keeps float32 weights all the same.
     `recompute` keeps the inputs of layers only, and computes the rest again on the way back.
     """
 

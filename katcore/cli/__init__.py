@@ -11,7 +11,7 @@ from rich.table import Table
 
 from katcore.cli import capture, images, sandbox, training
 from katcore.cli.bench import bench
-from katcore.cli.common import err, errors_said, out, say
+from katcore.cli.common import errors_said, out, say
 from katcore.cli.study import study
 from katcore.config import Preset, load_preset, preset_names
 from katcore.plugin import Plugins
@@ -45,17 +45,22 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
     def command(
         preset: PresetName = "nano", expert: Expert = "", experts: Experts = "", seed: Seed = 0
     ) -> None:
+        from katcore.pipeline import launch
+        from katcore.pipeline.local import stage_command
         from katcore.pipeline.plan import UNIFIED
         from katcore.pipeline.stage import run_stage
 
         with errors_said():
-            plan, _, plugins = _plan(preset, experts, seed)
+            plan, settings, plugins = _plan(preset, experts, seed)
             name = stage if stage == "base" else f"{expert or UNIFIED}.{stage}"
             if stage == "evaluate" and expert:
                 # Only the gate waits for it; the run waits for the distillation beside it.
                 os.nice(10)
+            if stage in training.EXAMPLES and launch.is_needed(settings.scale):
+                launch.launch(stage_command(plan, name, preset)[3:], settings.scale)
+                return
             done = run_stage(plan, name, plugins)
-            err.print(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
+            say(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
             typer.echo(done.path.as_uri())
 
     command.__doc__ = summary

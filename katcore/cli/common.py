@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from katcore.config import is_first_process
 from katcore.errors import KatError, StageBusyError
 
 out = Console()
@@ -27,5 +28,6 @@ def errors_said() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """A line of progress."""
-    err.print(line, highlight=False, markup=False, soft_wrap=True)
+    """A line of progress; of several processes that train together, the first one's."""
+    if is_first_process():
+        err.print(line, highlight=False, markup=False, soft_wrap=True)

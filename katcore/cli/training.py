@@ -7,6 +7,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from katcore.cli.common import err, errors_said, say
+from katcore.config import is_first_process
 from katcore.plugin import Plugins
 
 _SHOWN = ("loss", "reward", "kl", "clip_rate", "entropy", "tokens_per_s", "infra_failed_rate")
@@ -36,10 +37,14 @@ EXAMPLES = {
 
 def train(verb: str, path: Path) -> None:
     """Train as the file says; prints where the model is."""
+    from katcore.pipeline import launch
     from katcore.pipeline.training import CONFIGS, load_training
 
     with errors_said():
         config = load_training(path, CONFIGS[verb])
+        if launch.is_needed(config.scale):
+            launch.launch([verb, str(path)], config.scale)
+            return
         plugins = Plugins.installed()
         say(f"{verb}: {config.model} to {config.out}")
         from katcore.pipeline import trained
@@ -51,6 +56,7 @@ def train(verb: str, path: Path) -> None:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=err,
+            disable=not is_first_process(),
         )
         with bar:
             shown = bar.add_task(verb, total=None, numbers="")

@@ -8,16 +8,18 @@ recorded; they are trained on only where the settings say so.
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from katcore.config import DistillSettings
+from katcore.config import DistillSettings, is_first_process
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.pipeline.engines import open_engines
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import (
+    Rollouts,
     StepRollouts,
     facts_of,
     open_rollouts,
@@ -26,7 +28,7 @@ from katcore.pipeline.rollouts import (
 )
 from katcore.pipeline.route import best_teachers
 from katcore.pipeline.stage import Job
-from katcore.pipeline.stream import Stream
+from katcore.pipeline.stream import Make, Stream
 from katcore.protocols import Engine
 from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
@@ -38,7 +40,8 @@ from katcore.schema.task import Task
 from katcore.train.advantage import Advantages, group_advantages
 from katcore.train.batch import turns
 from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
-from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.policy import limit_threads, load_policy
+from katcore.train.prepare import load_trainable, refuse_scattered
 from katcore.train.sft import draw
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
@@ -92,7 +95,8 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     chat = ChatTokenizer(start)
     for domain in domains:
         check_teacher(job, start, chat, domain)
-    model = load_policy(start)
+    refuse_scattered(job.preset)
+    model = load_trainable(start, job.preset, job.seed)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
     trainer = Trainer(model, schedule, **engine_options(job.preset))
@@ -100,7 +104,7 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     history = loop.load()
     loop.learn_from_teachers()
     asyncio.run(loop.run(start, history))
-    save_policy(model, job.out / "model", tokenizer=start)
+    trainer.publish(job.out, tokenizer=start)
     return {"kl_first": history[0], "kl_last": history[-1]} if history else {}
 
 
@@ -169,25 +173,33 @@ class _Loop:
     async def run(self, start: Path, history: list[float]) -> None:
         """The steps on policy, on rollouts; `history` grows by the mean KL of each."""
         settings, job = self._settings, self._job
-        sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         made = StepRollouts(job.out / "rollouts.jsonl", "distill", len(history))
-        async with (
-            open_rollouts(job) as rollouts,
-            open_engines(job, self._trainer.model, start) as engines,
-        ):
-            parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
-
-            async def make(step: int) -> list[Rollout]:
-                for domain, own in zip(self._domains, parts, strict=True):
-                    attempts = self._attempts(engines.engine, domain, made.label(step), step)
-                    await made.make(rollouts, attempts, own, step)
-                return made.of(step)
-
-            async with Stream(make, settings.steps, engines, job.preset.serve.staleness) as stream:
-                for step in range(len(history), settings.steps):
-                    await self._step(stream, step, history)
-                    made.forget(step)
+        async with AsyncExitStack() as stack:
+            engines, make = None, None
+            if is_first_process():  # which makes the rollouts that all learn from
+                rollouts = await stack.enter_async_context(open_rollouts(job))
+                engines = await stack.enter_async_context(
+                    open_engines(job, self._trainer.model, start)
+                )
+                make = self._maker(rollouts, engines.engine, made)
+            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            await stack.enter_async_context(stream)
+            for step in range(len(history), settings.steps):
+                await self._step(stream, step, history)
+                made.forget(step)
         made.close()
+
+    def _maker(self, rollouts: Rollouts, engine: Engine, made: StepRollouts) -> Make:
+        sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
+        parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
+
+        async def make(step: int) -> list[Rollout]:
+            for domain, own in zip(self._domains, parts, strict=True):
+                attempts = self._attempts(engine, domain, made.label(step), step)
+                await made.make(rollouts, attempts, own, step)
+            return made.of(step)
+
+        return make
 
     async def _step(self, stream: Stream, step: int, history: list[float]) -> None:
         settings, job = self._settings, self._job

@@ -14,6 +14,7 @@ from katcore.inference.router import Replica, Router
 from katcore.pipeline.rollouts import engine_settings
 from katcore.pipeline.stage import Job
 from katcore.serving import ServeSettings
+from katcore.train.lora import has_adapters, save_adapter
 from katcore.train.policy import save_policy
 
 HandOver = Callable[[str], Awaitable[None]]
@@ -83,7 +84,7 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
 
     async def hand_over(version: str) -> None:
         folder = root / version
-        await asyncio.to_thread(save_policy, model, folder, tokenizer=start)
+        await asyncio.to_thread(_write, model, folder, start)
         await router.renew(lambda engine: engine.load_weights(folder, version))
         for old in root.iterdir():
             if old != folder:
@@ -92,8 +93,16 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
     return router, hand_over
 
 
+def _write(model: Any, folder: Path, start: Path) -> None:
+    """What servers need of the weights: the adapters, if these alone are trained."""
+    if has_adapters(model):
+        save_adapter(model, folder)
+    else:
+        save_policy(model, folder, tokenizer=start)
+
+
 def _server(job: Job, start: Path, number: int) -> Replica:
-    serve = job.preset.serve
+    serve, lora = job.preset.serve, job.preset.lora
     options = {"model": start, "context": job.preset.model.context, **serve.options}
     if serve.urls:
         options["url"] = serve.urls[number]
@@ -102,7 +111,8 @@ def _server(job: Job, start: Path, number: int) -> Replica:
             "tensor_parallel_size": serve.tensor_parallel,
             "devices": _devices(serve, number),
             "seed": job.seed + number,
-            "takes_weights": True,
+            "takes_weights": lora is None,
+            "adapter_rank": lora.rank if lora else 0,
             "sleeps": serve.placement == "colocated",
         }
     engine: Replica = job.plugins.make("engine", "vllm", options)

@@ -10,6 +10,7 @@ from katcore.config import RlSettings
 from katcore.pipeline.prefill import engine_passes, trainer_passes
 from katcore.schema.call import Sampling
 from katcore.schema.sample import Sample
+from katcore.train import ranks
 from katcore.train.advantage import group_advantages, no_advantage, penalised
 from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
@@ -27,14 +28,15 @@ class Learner:
     """Changes the trainer's weights as the settings say.
 
     `engine` made the rollouts, with the weights as they are. Where it has to read them again (`mcla`), it is
-    given at most `at_once` requests at a time; then it is done. `run` has the trainer compute.
+    given at most `at_once` requests at a time; then it is done. Of several processes the first alone has it.
+    `run` has the trainer compute.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         settings: RlSettings,
-        engine: object,
+        engine: object | None,
         *,
         seed: int,
         at_once: int,
@@ -103,14 +105,17 @@ class Learner:
                 mcla.passes,
             )
             return passes
-        return await engine_passes(
-            self._engine,
-            samples,
-            Sampling(settings.temperature),
-            mcla.passes,
-            at_once=self._at_once,
-            order=order,
-        )
+        passes = {}
+        if self._engine:
+            passes = await engine_passes(
+                self._engine,
+                samples,
+                Sampling(settings.temperature),
+                mcla.passes,
+                at_once=self._at_once,
+                order=order,
+            )
+        return ranks.share(passes)
 
     def _before(
         self, samples: Sequence[Sample], passes: Passes | None

@@ -24,6 +24,8 @@ MODES = ("greedy", "sampled")
 _ROLLOUT = (
     "rollout", "proxy", "trajectory", "sandbox", "schema", "inference", "pipeline.rollouts",
 )  # fmt: skip
+_TRAINED = ("balance", "lora", "precision")
+"""What of a preset matters to whatever is trained."""
 _CODE: Mapping[str, tuple[str, ...]] = {
     "base": ("train", "inference"),
     "synthesize": ("dataset", "sandbox"),
@@ -135,13 +137,13 @@ def _expert_stages(
         stage(
             "collect", "base", "synthesize", config=rollout | _dump(preset, "collect"), uses=offers
         ),
-        stage("sft", "base", "collect", config=_dump(preset, "sft", "balance") | {"seed": seed}),
+        stage("sft", "base", "collect", config=_dump(preset, "sft", *_TRAINED) | {"seed": seed}),
         stage(
             "rl",
             "sft",
             "synthesize",
             "collect",
-            config=rollout | _dump(preset, "rl", "balance", "serve"),
+            config=rollout | _dump(preset, "rl", "serve", *_TRAINED),
             uses=offers,
         ),
         stage(
@@ -174,7 +176,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
     prefix = UNIFIED
     return [
         stage(
-            "sft", ["base", *of("collect")], _dump(preset, "student", "balance") | {"seed": seed}
+            "sft", ["base", *of("collect")], _dump(preset, "student", *_TRAINED) | {"seed": seed}
         ),
         stage(
             "distill",
@@ -184,7 +186,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
                 *of("synthesize"),
                 *(of("evaluate") if _may_teach_all(preset) else ()),
             ],
-            rollout | _dump(preset, "distill", "balance", "serve") | {"by_expert": own},
+            rollout | _dump(preset, "distill", "serve", *_TRAINED) | {"by_expert": own},
             offers,
         ),
         stage(
@@ -221,6 +223,8 @@ def _rollout_config(
 
 def _dump(preset: Preset, *names: str) -> dict[str, Any]:
     content = preset.model_dump(mode="json")
+    # All else of `scale` changes no more than rounding.
+    content["precision"] = preset.scale.precision
     return {name: content[name] for name in names}
 
 

@@ -115,3 +115,16 @@ class Progress:
         temporary = self._work / "progress.tmp"
         temporary.write_text(json.dumps(content))
         temporary.replace(self._work / "progress.json")
+
+
+class Silent:
+    """Stands for `Progress` where another process reports."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Nothing."""

@@ -7,21 +7,24 @@ updates each (`learner`), or with some that are a few steps older (`serve.stalen
 import asyncio
 import statistics
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from katcore.config import is_first_process
 from katcore.errors import StageError
-from katcore.pipeline.engines import open_engines
+from katcore.pipeline.engines import Engines, open_engines
 from katcore.pipeline.frontier import Frontier
 from katcore.pipeline.learner import Learner
 from katcore.pipeline.rollouts import (
+    Rollouts,
     StepRollouts,
     open_rollouts,
     samples_of,
     tasks_of,
 )
 from katcore.pipeline.stage import Job
-from katcore.pipeline.stream import Stream
+from katcore.pipeline.stream import Make, Stream
 from katcore.protocols import Engine
 from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
@@ -29,7 +32,8 @@ from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.policy import limit_threads
+from katcore.train.prepare import load_trainable, refuse_scattered
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
@@ -44,7 +48,8 @@ def run(job: Job) -> dict[str, float]:
 def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[str, float]:
     """Train the model of a folder on tasks, by the parts that an expert names; see `run`."""
     settings = job.preset.rl
-    model = load_policy(start)
+    refuse_scattered(job.preset)
+    model = load_trainable(start, job.preset, job.seed)
     schedule = Schedule(
         settings.lr,
         settings.steps * settings.epochs * settings.minibatches,
@@ -54,7 +59,7 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
     trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, start, expert, tasks)
     rewards = asyncio.run(loop.run())
-    save_policy(model, job.out / "model", tokenizer=start)
+    trainer.publish(job.out, tokenizer=start)
     edge = max(1, len(rewards) // 5)
     return {
         "reward_first": statistics.fmean(rewards[:edge]),
@@ -79,30 +84,37 @@ class _Loop:
 
     async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
-        async with (
-            open_rollouts(self._job) as rollouts,
-            open_engines(self._job, self._trainer.model, self._start) as engines,
-        ):
-            sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
-            parts = rollouts.parts(self._expert, sampling)
-
-            def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
-                # Chosen by the rates of now, whenever the first of them is begun.
-                attempts = list(self._attempts(engines.engine, step))
-                return self._made.make(rollouts, attempts, parts, step)
-
-            stream = Stream(make, self._settings.steps, engines, self._job.preset.serve.staleness)
-            async with stream:
-                await self._steps(engines.engine, stream)
+        settings, job = self._settings, self._job
+        async with AsyncExitStack() as stack:
+            engines, make = None, None
+            if is_first_process():  # which makes the rollouts that all learn from
+                rollouts = await stack.enter_async_context(open_rollouts(job))
+                engines = await stack.enter_async_context(
+                    open_engines(job, self._trainer.model, self._start)
+                )
+                make = self._maker(rollouts, engines.engine)
+            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            await self._steps(await stack.enter_async_context(stream), engines)
         self._made.close()
         return self._rewards
 
-    async def _steps(self, engine: Engine, stream: Stream) -> None:
+    def _maker(self, rollouts: Rollouts, engine: Engine) -> Make:
+        sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
+        parts = rollouts.parts(self._expert, sampling)
+
+        def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
+            # Chosen by the rates of now, whenever the first of them is begun.
+            attempts = list(self._attempts(engine, step))
+            return self._made.make(rollouts, attempts, parts, step)
+
+        return make
+
+    async def _steps(self, stream: Stream, engines: Engines | None) -> None:
         settings, job = self._settings, self._job
         learner = Learner(
             self._trainer,
             settings,
-            engine,
+            engines.engine if engines else None,
             seed=job.seed,
             at_once=job.preset.concurrency,
             run=stream.run,
@@ -116,7 +128,7 @@ class _Loop:
             metrics |= {"pass_rate": self._frontier.pass_rate} | stream.shares()
             self._rewards.append(metrics["reward"])
             self._made.forget(step)
-            del self._chosen[step]
+            self._chosen.pop(step, None)
             job.progress.step(step, settings.steps, metrics)
             if (step + 1) % settings.checkpoint_every == 0:
                 self._save()

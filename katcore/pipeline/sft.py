@@ -8,7 +8,8 @@ from katcore.errors import StageError
 from katcore.pipeline.stage import Job
 from katcore.schema.codec import read_lines
 from katcore.schema.sample import Sample
-from katcore.train.policy import limit_threads, load_policy, save_policy
+from katcore.train.policy import limit_threads
+from katcore.train.prepare import load_trainable
 from katcore.train.sft import fit
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
@@ -37,7 +38,7 @@ def train(
         raise StageError(
             f"none of {len(samples)} samples has at most {context} tokens: there is nothing to train on"
         )
-    model = load_policy(start)
+    model = load_trainable(start, job.preset, job.seed)
     schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
     last: dict[str, float] = {}
 
@@ -45,13 +46,14 @@ def train(
         last.update(metrics)
         job.progress.step(step, settings.steps, metrics)
 
+    trainer = Trainer(model, schedule, **engine_options(job.preset))
     fit(
-        Trainer(model, schedule, **engine_options(job.preset)),
+        trainer,
         usable,
         settings,
         seed=job.seed,
         checkpoint=job.checkpoint,
         report=report,
     )
-    save_policy(model, job.out / "model", tokenizer=start)
+    trainer.publish(job.out, tokenizer=start)
     return {"loss": last.get("loss", 0.0), "num_samples": float(len(usable))}

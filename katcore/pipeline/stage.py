@@ -4,7 +4,7 @@
     <home>/stages/<stage id>/<key>.work/    begun: checkpoints, progress.json, and `out/` as it grows
 
 A finished folder appears by one rename after everything in it is on disk. A lock keeps two processes from
-running the same key.
+running the same key. Where several processes train together, the first does all that; the others compute.
 """
 
 import errno
@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +22,11 @@ from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-from katcore.config import Preset, home
+from katcore.config import Preset, home, is_first_process
 from katcore.errors import StageBusyError, StageError
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.plan import Plan, StageSpec
-from katcore.pipeline.progress import Progress, Show
+from katcore.pipeline.progress import Progress, Show, Silent
 from katcore.plugin import Plugins
 from katcore.schema.event import StageFinished
 
@@ -43,7 +44,7 @@ class Job:
     inputs: Mapping[str, Path]
     work: Path
     out: Path
-    progress: Progress
+    progress: Progress | Silent
 
     def input(self, stage_id: str) -> Path:
         """The finished folder of an input."""
@@ -52,7 +53,7 @@ class Job:
     @property
     def checkpoint(self) -> Path:
         """Where training leaves what it needs to go on."""
-        return self.work / "checkpoint.pt"
+        return self.work / "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ def make(path: Path, plan: Plan, spec: StageSpec, plugins: Plugins, work: Work) 
     Raises:
         StageError: another process is at it, or the disk is full.
     """
+    if not is_first_process():
+        return _compute_only(path, plan, spec, plugins, work)
     folder = path.with_name(f"{path.name}.work")
     with _locked(path), _full_disk_said(path):
         done = finished(path)
@@ -130,6 +133,22 @@ def make(path: Path, plan: Plan, spec: StageSpec, plugins: Plugins, work: Work) 
     result = Finished(path, False, time.time() - started_s, metrics)
     _notify(plugins, spec, result)
     return result
+
+
+def _compute_only(
+    path: Path, plan: Plan, spec: StageSpec, plugins: Plugins, work: Work
+) -> Finished:
+    """The work of a process that is not the first: what it writes is thrown away."""
+    if done := finished(path):
+        return done
+    inputs = {name: stage_path(plan, name) for name in spec.inputs}
+    preset = plan.preset.for_expert(spec.expert)
+    with tempfile.TemporaryDirectory(prefix="kat-rank-") as out:
+        folder = path.with_name(f"{path.name}.work")
+        job = Job(spec, preset, plan.seed, plugins, inputs, folder, Path(out), Silent())
+        started_s = time.time()
+        metrics = work.run(job)
+    return Finished(path, False, time.time() - started_s, metrics)
 
 
 def finished(path: Path) -> Finished | None:

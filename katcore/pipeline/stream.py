@@ -16,6 +16,7 @@ from typing import Any, Self
 from katcore.pipeline.engines import Engines
 from katcore.pipeline.rollouts import facts_of
 from katcore.schema.rollout import Rollout
+from katcore.train import ranks
 from katcore.train.worker import new_worker
 
 Make = Callable[[int], Coroutine[Any, Any, list[Rollout]]]
@@ -23,15 +24,20 @@ Make = Callable[[int], Coroutine[Any, Any, list[Rollout]]]
 
 
 class Stream:
-    """The rollouts of steps below `num_steps`, made by `engines`, and the trainer's turns between them."""
+    """The rollouts of steps below `num_steps`, made by `engines`, and the trainer's turns between them.
 
-    def __init__(self, make: Make, num_steps: int, engines: Engines, staleness: int) -> None:
+    Of several processes that train together the first makes them; the others have no engines, and are told.
+    """
+
+    def __init__(
+        self, make: Make | None, num_steps: int, engines: Engines | None, staleness: int
+    ) -> None:
         self._make = make
         self._num_steps = num_steps
         self._engines = engines
         self._ahead = staleness
         # Without staleness nothing goes on while the trainer computes, and it stays where it is.
-        self._trainer = new_worker() if staleness else None
+        self._trainer = new_worker() if staleness and engines else None
         self._begun: dict[int, asyncio.Task[list[Rollout]]] = {}
         self._asked_s = self._given_s = 0.0
 
@@ -41,19 +47,25 @@ class Stream:
         Those of the steps after it are begun, too.
         """
         before_s, self._asked_s = self._given_s, time.perf_counter()
-        await self._engines.hand_over(str(step))
-        for later in range(step, min(step + self._ahead + 1, self._num_steps)):
-            if later not in self._begun:
-                self._begun[later] = asyncio.create_task(self._make(later))
-        made = await self._begun.pop(step)
+        made = ranks.share(await self._made(step) if self._engines else [])
         self._given_s = time.perf_counter()
         since_s = before_s if self._ahead and before_s else self._asked_s
         facts = facts_of(made, self._given_s - since_s)
         return made, facts | staleness_of(made, step)
 
+    async def _made(self, step: int) -> list[Rollout]:
+        assert self._engines
+        assert self._make
+        await self._engines.hand_over(str(step))
+        for later in range(step, min(step + self._ahead + 1, self._num_steps)):
+            if later not in self._begun:
+                self._begun[later] = asyncio.create_task(self._make(later))
+        return await self._begun.pop(step)
+
     async def run(self, call: Callable[..., Any], *given: Any) -> Any:
         """What `call` returns: the trainer computes, in its own thread if rollouts are made meanwhile."""
-        await self._engines.make_room()
+        if self._engines:
+            await self._engines.make_room()
         if self._trainer is None:
             return call(*given)
         loop = asyncio.get_running_loop()
@@ -62,10 +74,10 @@ class Stream:
     def shares(self) -> dict[str, float]:
         """For which share of the step, which ends now, the trainer and the engines had nothing to do."""
         whole_s = time.perf_counter() - self._asked_s
-        return {
-            "trainer_idle": (self._given_s - self._asked_s) / whole_s,
-            "engine_idle": self._engines.engine.idle_share(),
-        }
+        shares = {"trainer_idle": (self._given_s - self._asked_s) / whole_s}
+        if self._engines:
+            shares["engine_idle"] = self._engines.engine.idle_share()
+        return shares
 
     async def __aenter__(self) -> Self:
         return self

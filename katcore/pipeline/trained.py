@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from katcore.config import DistillSettings, ModelSettings, Preset
+from katcore.config import DistillSettings, ModelSettings, Preset, is_first_process
 from katcore.errors import ConfigError, StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.pipeline import distill, rl, sft
@@ -113,7 +113,8 @@ def _make(path: Path, config: TrainingConfig, plugins: Plugins, work: Work) -> F
     verb = next(name for name, kind in CONFIGS.items() if type(config) is kind)
     out = config.out
     content = config.model_dump(mode="json")
-    _note(out, content)
+    if is_first_process():
+        _note(out, content)
     spec = StageSpec(verb, verb, config=content)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     plan = Plan(_preset(path.stem, config), config.seed, (), {verb: spec}, {verb: key})

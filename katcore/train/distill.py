@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train import ranks
 from katcore.train.advantage import Advantages
 from katcore.train.batch import TreeBatch, Weighting
 from katcore.train.objective import Metrics, TokenMean, refuse_unsampled, sample_weight
@@ -143,7 +144,9 @@ class Distillation(TokenMean):
         `clip_rate`: how often the clip held a ratio back, and `difference_clip_rate`: how often
         log q - log p was cut.
         """
-        found = {name: total / weight for name, (total, weight) in self._seen.items() if weight}
+        sums = ranks.totals({name: total for name, (total, _) in self._seen.items()})
+        weights = ranks.totals({name: weight for name, (_, weight) in self._seen.items()})
+        found = {name: total / weights[name] for name, total in sums.items() if weights[name]}
         self._seen = {}
         return found
 

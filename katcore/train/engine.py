@@ -13,7 +13,7 @@ from katcore.train.batch import TreeBatch, Weighting, collate
 from katcore.train.forest import heavy_first, renumbered
 from katcore.train.layout import Layout, packed
 from katcore.train.objective import Objective
-from katcore.train.policy import hidden, logits_of
+from katcore.train.policy import go_back, hidden, logits_of
 from katcore.train.relay import Ends, backward
 
 _MAX_LOGITS = 1 << 25
@@ -46,7 +46,7 @@ class Engine:
             tensors.append(balance)
             grads.append(torch.ones_like(balance))
             loss += float(balance.detach())
-        torch.autograd.backward(tensors, grads)
+        go_back(self.model, found, tensors, grads)
         return loss
 
     def backward_in_parts(

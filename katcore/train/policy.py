@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from katcore.config import ModelSettings
+from katcore.train import lockstep
 from katcore.train.attention import NAME, PREPARED, TreeMask
 from katcore.train.layout import Mask
 
@@ -121,6 +122,8 @@ def logits_at(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, at_N
 
 def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **options: Any) -> Any:
     """What the layers below the vocabulary projection give, as transformers says it."""
+    if together := lockstep.of(model):
+        together.turn("forward" if torch.is_grad_enabled() else "look")
     if isinstance(mask, TreeMask):
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
@@ -131,6 +134,19 @@ def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **optio
             "position_ids": positions_BT,
         }
     return model.base_model(input_ids=ids_BT, use_cache=False, **options)
+
+
+def go_back(model: Any, found: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Backwards from tensors, given their gradients, through the layers that made what was `found`."""
+    if together := lockstep.of(model):
+        together.turn("back")
+        tensors = [
+            *tensors,
+            found.last_hidden_state,
+        ]  # through all layers, also where nothing is to learn
+        grads = [*grads, torch.zeros_like(found.last_hidden_state)]
+    if tensors:
+        torch.autograd.backward(tensors, grads)
 
 
 def logits_of(model: Any, hidden_ND: Tensor) -> Tensor:

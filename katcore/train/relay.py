@@ -10,7 +10,7 @@ from torch import Tensor
 from katcore.train.attention import TreeMask
 from katcore.train.batch import TreeBatch
 from katcore.train.partition import Part, plan
-from katcore.train.policy import hidden
+from katcore.train.policy import go_back, hidden
 
 KeyValue = tuple[Tensor, Tensor]
 Ends = tuple[list[Tensor], list[Tensor]]
@@ -68,8 +68,7 @@ class _Walk:
         for layer, pair in sums.items():
             tensors += past.seen[layer]
             grads += pair
-        if tensors:
-            torch.autograd.backward(tensors, grads)
+        go_back(self.model, found, tensors, grads)
 
     def _parents(self, part: Part) -> list[int]:
         number = {token: at for at, token in enumerate(part.path + part.tokens)}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train import ranks
 from katcore.train.batch import TreeBatch, Weighting
 from katcore.train.objective import Metrics, refuse_unsampled, token_logprobs
 from katcore.train.policy import logits_at
@@ -121,10 +122,19 @@ class PolicyGradient:
 
         `kl_old` is the mean over tokens of the k3 estimate of KL(old policy || policy).
         """
+        sums = ranks.totals(
+            {
+                "clipped": self._num_clipped,
+                "units": self._num_units,
+                "dropped": self._num_dropped,
+                "tokens": self._num_tokens,
+                "kl": self._kl,
+            }
+        )
         found = {
-            "clip_rate": self._num_clipped / max(1, self._num_units),
-            "dropped_rate": self._num_dropped / max(1, self._num_tokens),
-            "kl_old": self._kl / max(1, self._num_tokens),
+            "clip_rate": sums["clipped"] / max(1, sums["units"]),
+            "dropped_rate": sums["dropped"] / max(1, sums["tokens"]),
+            "kl_old": sums["kl"] / max(1, sums["tokens"]),
         }
         self._kl = 0.0
         self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0

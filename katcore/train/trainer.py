@@ -1,24 +1,32 @@
 """The one training engine: an optimiser step over samples under an objective; checkpoints that resume."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from katcore.config import Preset
-from katcore.errors import StageError
+from katcore.errors import ConfigError, StageError
 from katcore.schema.sample import Sample
+from katcore.settings import ScaleSettings
+from katcore.train import checkpoint, lockstep, ranks
 from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
+from katcore.train.layerwise import Layerwise
 from katcore.train.layout import unrolled
+from katcore.train.lora import dropping, has_adapters, merge, save_adapter
 from katcore.train.objective import Metrics, Objective, token_logprobs
-from katcore.train.policy import logits_of
+from katcore.train.policy import logits_of, save_policy
+from katcore.train.stepper import Replicated, Stepper
 from katcore.train.support import Trees, takes_trees
+
+_ALONE = ScaleSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +53,19 @@ def engine_options(preset: Preset) -> dict[str, Any]:
         "max_tokens": preset.micro_batch_tokens,
         "trees": preset.tree,
         "balance": preset.balance,
+        "scale": preset.scale,
     }
 
 
 class Trainer:
-    """AdamW (0.9, 0.95), gradient norm clipped at 1.
+    """Steps of a model, by this process or together with others (`ranks`), which all do the same calls.
 
     `max_tokens` bounds the tokens whose activations are held at once: larger trees are computed in parts.
     `trees` says what becomes of a model that cannot be given trees (`support`); `balance` weighs the
     load-balancing loss of a mixture of experts.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a preset says of it
         self,
         model: Any,
         schedule: Schedule,
@@ -65,7 +74,9 @@ class Trainer:
         weighting: Weighting = "path",
         trees: Trees = "auto",
         balance: float = 0.0,
+        scale: ScaleSettings = _ALONE,
     ) -> None:
+        ranks.join()
         self.model = model
         self._engine = Engine(
             model, weighting, None if takes_trees(model, trees) else unrolled, balance
@@ -74,14 +85,9 @@ class Trainer:
         self._schedule = schedule
         self._max_tokens = max_tokens
         self._weighting = weighting
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=schedule.lr,
-            betas=(0.9, 0.95),
-            weight_decay=schedule.weight_decay,
-            fused=True,
-        )
+        self._stepper = _stepper(model, schedule.weight_decay, scale)
+        self._zero = scale.zero
+        self._has_adapters = has_adapters(model)
 
     def update(
         self,
@@ -97,37 +103,50 @@ class Trainer:
         started_s = time.perf_counter()
         weight = objective.weight(samples, self._weighting)
         lr = self._schedule.at(self.step_number)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._stepper.begin(lr)
         loss = 0.0
-        self._optimizer.zero_grad(set_to_none=True)
-        for rows in self._micro_batches(samples, by):
-            if self._is_too_large(rows[0]):
-                loss += self._engine.backward_in_parts(rows[0], objective, weight, self._max_tokens)
-            else:
-                loss += self._engine.backward(rows, objective, weight)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
+        with dropping(self.model) if self._has_adapters else nullcontext():
+            passes = list(self._micro_batches(self._own(samples), by))
+            num = max(ranks.gathered(len(passes)))
+            for at in range(num):
+                if at < len(passes):
+                    loss += self._backward(passes[at], objective, weight)
+                self._stepper.collect(is_last=at == num - 1)
+        self._finish()
+        loss = ranks.totals({"loss": loss})["loss"]
+        norm = self._stepper.step()
         if not math.isfinite(norm):
             raise StageError(f"step {self.step_number}: the gradient is not finite (loss {loss})")
-        self._optimizer.step()
         self.step_number += 1
         speed = sum(len(sample.tokens) for sample in samples) / (time.perf_counter() - started_s)
         return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_s": speed}
+
+    def _backward(self, rows: list[Sample], objective: Objective, weight: float) -> float:
+        if self._is_too_large(rows[0]):
+            return self._engine.backward_in_parts(rows[0], objective, weight, self._max_tokens)
+        return self._engine.backward(rows, objective, weight)
+
+    def _own(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that this process computes."""
+        width = self.model.config.get_text_config().hidden_size
+        return [samples[at] for at in ranks.spread(samples, ranks.world(), width)[ranks.rank()]]
 
     def logprobs(
         self, samples: Sequence[Sample], temperature: float = 1.0
     ) -> dict[str, list[float]]:
         """Log-probabilities of the trained tokens under the weights as they are, by rollout id."""
-        found: dict[str, list[float]] = {sample.rollout_id: [] for sample in samples}
+        own = self._own(samples)
+        found: dict[str, list[float]] = {sample.rollout_id: [] for sample in own}
         with torch.no_grad():
-            for rows in self._micro_batches(samples):
+            for rows in self._micro_batches(own):
                 batch = self._engine.collate(rows)
                 hidden_ND = self._engine.forward(batch).last_hidden_state.flatten(0, 1)[batch.at_N]
                 logits_NV = logits_of(self.model, hidden_ND)
                 logprob_N = token_logprobs(logits_NV, batch.targets_N, temperature)
                 for row, value in zip(batch.rows_N.tolist(), logprob_N.tolist(), strict=True):
                     found[rows[row].rollout_id].append(value)
-        return found
+            self._finish()
+        return {name: values for part in ranks.gathered(found) for name, values in part.items()}
 
     def _micro_batches(
         self, samples: Sequence[Sample], by: Callable[[Sample], str] = lambda _: ""
@@ -144,30 +163,68 @@ class Trainer:
         is_long = len(sample.tokens) > self._max_tokens
         return is_long and self._engine.layout is None and num_leaves(sample) > 1
 
+    def _trained(self) -> dict[str, Any]:
+        """The weights that a checkpoint has: others are those that the model started with."""
+        own = self.model.named_parameters(remove_duplicate=False)
+        fixed = {name for name, parameter in own if not parameter.requires_grad}
+        return {name: value for name, value in self.model.state_dict().items() if name not in fixed}
+
     def save(self, path: Path, **extra: Any) -> None:
-        """Write a checkpoint: complete or not at all, and on disk when this returns."""
-        state = {
+        """Write a checkpoint (`checkpoint`) that is on disk when this returns."""
+        whole = {
             "step": self.step_number,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "model": self._trained(),
+            "scale": self._spread(),
             "extra": extra,
         }
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        own = {"optimizer": self._stepper.state(), "rng": torch.get_rng_state()}
+        checkpoint.write(path, self.step_number, whole, own)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint if there is one; returns its `extra`, empty if there was none."""
-        if not path.exists():
+        """Go on from the last checkpoint if there is one; returns its `extra`, empty if there was none."""
+        found = checkpoint.read(path, **self._spread())
+        if found is None:
             return {}
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step_number = state["step"]
-        extra: dict[str, Any] = state["extra"]
+        whole, own = found
+        self.model.load_state_dict(whole["model"], strict=False)
+        self._stepper.load(own["optimizer"])
+        torch.set_rng_state(own["rng"])
+        self.step_number = whole["step"]
+        extra: dict[str, Any] = whole["extra"]
         return extra
+
+    def _finish(self) -> None:
+        if together := lockstep.of(self.model):
+            together.finish()
+
+    def _spread(self) -> dict[str, int]:
+        """What the optimizer's state depends on."""
+        return {"processes": ranks.world(), "zero": self._zero}
+
+    def publish(self, out: Path, *, tokenizer: Path) -> None:
+        """Write `model/` and, of adapters, `adapter/`; adapters are then part of the model's weights.
+
+        Of several processes the first writes.
+        """
+        if isinstance(self._stepper, Layerwise):
+            self._stepper.restore()
+        if ranks.rank():
+            return
+        if self._has_adapters:
+            save_adapter(self.model, out / "adapter")
+            merge(self.model)
+        save_policy(self.model, out / "model", tokenizer=tokenizer)
+
+
+def _stepper(model: Any, weight_decay: float, scale: ScaleSettings) -> Stepper:
+    if scale.zero == 3:
+        if scale.offload != "none":
+            raise ConfigError("scale.offload is there for zero: 1 and 2 only; set offload: none")
+        return Layerwise(model, weight_decay)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not scale.zero:
+        return Replicated(parameters, weight_decay)
+    # Imported where it is asked for: that takes as long as all else together.
+    sharded = import_module("katcore.train.sharded")
+    stepper: Stepper = sharded.Sharded(parameters, weight_decay, scale)
+    return stepper

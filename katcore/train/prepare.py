@@ -1,0 +1,65 @@
+"""A model as the settings have it trained: with adapters, in a precision, with activations computed again."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from katcore.config import Preset
+from katcore.errors import ConfigError
+from katcore.train.lora import add_adapters
+from katcore.train.policy import load_policy
+
+
+def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
+    """The model of a folder, as a preset's `lora` and `scale` say."""
+    model = load_policy(folder)
+    if preset.lora:
+        add_adapters(model, preset.lora, seed)
+    if preset.scale.recompute and preset.scale.zero < 3:  # which does so anyway
+        recompute(model)
+    if preset.scale.precision == "bfloat16":
+        compute_in_bfloat16(model)
+    return model
+
+
+def refuse_scattered(preset: Preset) -> None:
+    """Raise ConfigError if no process has the whole model, for an engine in it to sample from."""
+    if preset.scale.zero == 3:
+        raise ConfigError(
+            "scale.zero: 3 scatters the weights, and the engine that makes rollouts samples from those of the"
+            " first process: set zero: 2 for rl and distill; kat sft takes 3"
+        )
+
+
+def recompute(model: Any) -> None:
+    """Keep the inputs of layers only, and compute the rest again on the way back.
+
+    Not by transformers' switch, which is for models in training mode and takes away the keys and values that
+    an engine reads of the same model while it samples.
+    """
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(_again, layer.forward)
+
+
+def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compute_in_bfloat16(model: Any) -> None:
+    """Products below the vocabulary projection in bfloat16; weights, and the optimizer's, in float32.
+
+    Not for an engine that samples: it has keys and values of its own, in float32.
+    """
+    inner = model.base_model
+    inner.forward = functools.partial(_in_bfloat16, inner.forward)
+
+
+def _in_bfloat16(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    is_training = kwargs.get("past_key_values") is None
+    with torch.autocast(kwargs["input_ids"].device.type, torch.bfloat16, enabled=is_training):
+        return forward(*args, **kwargs)
