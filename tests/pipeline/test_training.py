@@ -153,9 +153,9 @@ AHEAD = {"serve": {"placement": "disaggregated", "staleness": 1, "replicas": 2}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint_every", [1, 9])
 @pytest.mark.parametrize(
-    ("verb", "serve"), [("rl", {}), ("distill", {}), ("rl", AHEAD), ("distill", AHEAD)]
+    ("verb", "serve", "checkpoint_every"),
+    [("rl", {}, 9), ("distill", {}, 9), ("rl", AHEAD, 1), ("distill", AHEAD, 9)],
 )
 def test_after_a_kill_the_losses_are_those_that_would_have_been(
     folder: Path, verb: str, serve: dict[str, Any], checkpoint_every: int
@@ -186,10 +186,10 @@ def test_after_a_kill_the_losses_are_those_that_would_have_been(
     num_saved = 1 if checkpoint_every == 1 else 0
     assert losses[: 2 - num_saved] == before[num_saved:]
     assert len(losses) == 3 - num_saved
-    rows = curve(finished.path)
-    oldest = [row["staleness_max"] for row in rows]
-    assert max(oldest) == (1.0 if serve else 0.0)
-    assert all(0 <= row[name] <= 1 for row in rows for name in ("trainer_idle", "engine_idle"))
+    for row in curve(finished.path):
+        assert 0 <= row["staleness_mean"] <= row["staleness_max"] <= (1 if serve else 0)
+        assert 0 <= row["trainer_idle"] <= 1
+        assert 0 <= row["engine_idle"] <= 1
     rollouts = list(read_lines(Rollout, finished.path / "rollouts.jsonl"))
     assert len(rollouts) == len(
         {(one.id.split(".")[0], one.task_id, one.attempt) for one in rollouts}
