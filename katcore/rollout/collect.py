@@ -4,9 +4,8 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from katcore.retry import rule_for
 from katcore.rollout.places import Places
@@ -42,7 +41,7 @@ async def collect(
     try:
         while True:
             for attempt in waiting:
-                trying = _placed(limits, _persist(attempt, parts, preparations))
+                trying = _placed(limits, attempt, parts, preparations)
                 running.add(asyncio.create_task(trying))
                 if len(running) >= limits.concurrency:
                     break
@@ -57,14 +56,13 @@ async def collect(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _placed(limits: Limits, trying: Coroutine[Any, Any, Rollout]) -> Rollout:
+async def _placed(
+    limits: Limits, attempt: Attempt, parts: Parts, preparations: Preparations
+) -> Rollout:
     if limits.places is None:
-        return await trying
-    try:
-        async with limits.places.take(limits.rank):
-            return await trying
-    finally:
-        trying.close()
+        return await _persist(attempt, parts, preparations)
+    async with limits.places.take(limits.rank):
+        return await _persist(attempt, parts, preparations)
 
 
 async def _persist(attempt: Attempt, parts: Parts, preparations: Preparations) -> Rollout:
