@@ -5,6 +5,7 @@ import copy
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from katcore.inference.router import Replica, Router
 from katcore.pipeline.rollouts import engine_settings
 from katcore.pipeline.stage import Job
 from katcore.serving import ServeSettings
-from katcore.train.lora import has_adapters, save_adapter
 from katcore.train.policy import save_policy
 
 HandOver = Callable[[str], Awaitable[None]]
@@ -84,7 +84,7 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
 
     async def hand_over(version: str) -> None:
         folder = root / version
-        await asyncio.to_thread(_write, model, folder, start)
+        await asyncio.to_thread(_write, job, model, folder, start)
         await router.renew(lambda engine: engine.load_weights(folder, version))
         for old in root.iterdir():
             if old != folder:
@@ -93,10 +93,10 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
     return router, hand_over
 
 
-def _write(model: Any, folder: Path, start: Path) -> None:
+def _write(job: Job, model: Any, folder: Path, start: Path) -> None:
     """What servers need of the weights: the adapters, if these alone are trained."""
-    if has_adapters(model):
-        save_adapter(model, folder)
+    if job.preset.lora:
+        import_module("katcore.train.lora").save_adapter(model, folder)
     else:
         save_policy(model, folder, tokenizer=start)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from katcore.config import ModelSettings, Preset
+from katcore.config import LoraSettings, ModelSettings, Preset
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.engines import _devices, open_engines
@@ -16,7 +16,7 @@ from katcore.pipeline.progress import Progress
 from katcore.pipeline.stage import Job
 from katcore.plugin import Plugins
 from katcore.serving import ServeSettings
-from katcore.train.policy import load_policy
+from katcore.train.prepare import load_trainable
 from tests.inference.fake_vllm import FakeVllm
 from tests.inference.tiny import CONTEXT, request, write_tiny_model
 
@@ -28,10 +28,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("start"))
 
 
-def a_job(root: Path, serve: ServeSettings) -> Job:
+def a_job(root: Path, serve: ServeSettings, lora: LoraSettings | None = None) -> Job:
     spec = StageSpec("rl", "rl")
     model = ModelSettings(context=CONTEXT)
-    preset = Preset(name="p", summary="", concurrency=4, model=model, serve=serve)
+    preset = Preset(name="p", summary="", concurrency=4, model=model, serve=serve, lora=lora)
     progress = Progress(spec, root, Plan(preset, 0, (), {"rl": spec}, {"rl": "k"}))
     return Job(spec, preset, 0, Plugins.installed(), {}, root, root, progress)
 
@@ -43,7 +43,7 @@ async def greedy(model: Any, start: Path) -> tuple[int, ...]:
 
 async def step_and_ask(job: Job, start: Path) -> None:
     """Two steps of a trainer: what is said after the first hand-over, and after the second."""
-    model = load_policy(start)
+    model = load_trainable(start, job.preset, 0)
     first = await greedy(model, start)
     async with open_engines(job, model, start) as engines:
 
@@ -55,7 +55,11 @@ async def step_and_ask(job: Job, start: Path) -> None:
         assert await said() == ({first}, {"0"})
         await engines.make_room()
         with torch.no_grad():
-            model.model.norm.weight.mul_(-1)
+            for name, weight in model.named_parameters():
+                if "lora" in name:
+                    weight += 1.0
+                elif name == "model.norm.weight" and not job.preset.lora:
+                    weight *= -1.0
         if job.preset.serve.placement == "disaggregated":
             assert await said() == ({first}, {"0"}), "the trainer's step is not seen yet"
         await engines.hand_over("1")
@@ -80,6 +84,15 @@ async def test_servers_read_them_from_the_work_folder(start: Path, tmp_path: Pat
         await step_and_ask(a_job(tmp_path, serve), start)
         assert all("/collective_rpc" in fake.calls for fake in fakes)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["1"]
+
+
+async def test_of_adapters_servers_get_the_adapters(start: Path, tmp_path: Path) -> None:
+    fake = FakeVllm(start, context=CONTEXT)
+    async with fake.serving() as url:
+        serve = ServeSettings(engine="vllm", urls=(url,), placement="disaggregated")
+        await step_and_ask(a_job(tmp_path, serve, LoraSettings(rank=2)), start)
+    assert "/collective_rpc" not in fake.calls
+    assert [name.partition("-")[0] for name in fake.adapters] == ["1"]
 
 
 def test_each_replica_has_its_own_gpus() -> None:
