@@ -50,6 +50,8 @@ def is_same(found: dict[str, Any], wanted: dict[str, Any], rel: float = 1e-10) -
     assert found["logprobs"] == pytest.approx(wanted["logprobs"], rel=rel)
     assert found["weights"].keys() == wanted["weights"].keys()
     for name, weight in wanted["weights"].items():
+        if rel > 1e-6 and name.endswith("k_proj.bias"):
+            continue  # it adds the same to all scores: AdamW makes large what is rounding alone
         torch.testing.assert_close(found["weights"][name].double(), weight, rtol=rel, atol=rel)
 
 
