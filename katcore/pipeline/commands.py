@@ -13,6 +13,8 @@ from katcore.settings import ScaleSettings
 MEET_AT = "HOST:29500"
 """Where processes of several machines meet: an address of the first one, which is the user's to say."""
 _PORT = 8000
+_GIVEN = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "CUDA_VISIBLE_DEVICES")
+"""Of a server's environment, what changes what it does."""
 _SERVED = Path("/MODEL")
 """Stands for the model that is trained: where it lies is known when the stage before is done."""
 
@@ -52,30 +54,37 @@ def server_lines(preset: Preset) -> Iterator[str]:
     serve = preset.serve
     if serve.engine != "vllm":
         return
-    arguments = (
-        *("--dtype", "auto", "--seed", "0"),
-        *("--tensor-parallel-size", str(serve.tensor_parallel)),
-        *("--max-model-len", str(preset.model.context)),
-        *map(str, serve.options.get("arguments", ())),
-    )
-    start = Start(
-        _SERVED,
-        Path("python"),
-        arguments,
-        takes_weights=True,
-        sleeps=serve.placement == "colocated",
-    )
     for number in range(serve.replicas):
+        start = _start(preset, number)
         if serve.urls:
             url = urlsplit(serve.urls[number])
             command = start.command(url.port or _PORT)
             command[command.index(HOST)] = url.hostname or HOST
-            given = "VLLM_SERVER_DEV_MODE=1"
         else:
             command = start.command(_PORT + number)
-            devices = ",".join(map(str, devices_of(serve, number)))
-            given = f"VLLM_SERVER_DEV_MODE=1 CUDA_VISIBLE_DEVICES={devices}"
-        yield f"{given} {shlex.join(command)}"
+        environment = start.environment("")
+        given = [f"{name}={environment[name]}" for name in _GIVEN if name in environment]
+        yield " ".join([*given, shlex.join(command)])
+
+
+def _start(preset: Preset, number: int) -> Start:
+    """One replica's server, as `katcore.pipeline.engines` has it started."""
+    serve, lora = preset.serve, preset.lora
+    arguments = (
+        *("--dtype", str(serve.options.get("dtype", "auto")), "--seed", str(number)),
+        *("--tensor-parallel-size", str(serve.tensor_parallel)),
+        *("--max-model-len", str(preset.model.context)),
+        *map(str, serve.options.get("arguments", ())),
+    )
+    return Start(
+        _SERVED,
+        Path("python"),
+        arguments,
+        takes_weights=lora is None,
+        adapter_rank=lora.rank if lora else 0,
+        sleeps=serve.placement == "colocated",
+        devices=() if serve.urls else devices_of(serve, number),
+    )
 
 
 def devices_of(serve: ServeSettings, number: int) -> tuple[int, ...]:

@@ -85,6 +85,8 @@ def attend(  # noqa: PLR0913 - transformers calls it
         return found
     if dropout:
         raise ValueError("a token tree needs attention without dropout: call model.eval()")
+    # Where products are in bfloat16, rotary embedding leaves float32 behind.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if tree.past:
         key, value = tree.past.extend(module.layer_idx, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -52,11 +52,6 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     model.eval()
 
 
-def has_adapters(model: Any) -> bool:
-    """Whether `add_adapters` was here."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
 @contextmanager
 def dropping(model: Any) -> Iterator[None]:
     """Inside, adapters drop what `dropout` says; elsewhere nothing does."""

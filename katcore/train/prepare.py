@@ -1,6 +1,7 @@
 """A model as the settings have it trained: with adapters, in a precision, with activations computed again."""
 
 import functools
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from katcore.config import Preset
 from katcore.errors import ConfigError
-from katcore.train.lora import add_adapters
 from katcore.train.policy import load_policy
 
 
@@ -17,7 +17,7 @@ def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     """The model of a folder, as a preset's `lora` and `scale` say."""
     model = load_policy(folder)
     if preset.lora:
-        add_adapters(model, preset.lora, seed)
+        import_module("katcore.train.lora").add_adapters(model, preset.lora, seed)
     if preset.scale.recompute and preset.scale.zero < 3:  # which does so anyway
         recompute(model)
     if preset.scale.precision == "bfloat16":

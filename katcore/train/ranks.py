@@ -87,7 +87,7 @@ def totals(values: Mapping[str, float]) -> dict[str, float]:
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Give each process the sum of all gradients; a parameter that has none counts as zeros."""
-    if world() == 1:
+    if world() == 1 or not parameters:
         return
     bucket: list[Tensor] = []
     for parameter in parameters:

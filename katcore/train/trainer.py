@@ -20,7 +20,6 @@ from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
 from katcore.train.layerwise import Layerwise
 from katcore.train.layout import unrolled
-from katcore.train.lora import dropping, has_adapters, merge, save_adapter
 from katcore.train.objective import Metrics, Objective, token_logprobs
 from katcore.train.policy import logits_of, save_policy
 from katcore.train.stepper import Replicated, Stepper
@@ -87,7 +86,9 @@ class Trainer:
         self._weighting = weighting
         self._stepper = _stepper(model, schedule.weight_decay, scale)
         self._zero = scale.zero
-        self._has_adapters = has_adapters(model)
+        # peft is imported where there are adapters: it takes seconds.
+        has_adapters = hasattr(model, "peft_config")
+        self._lora: Any = import_module("katcore.train.lora") if has_adapters else None
 
     def update(
         self,
@@ -105,7 +106,7 @@ class Trainer:
         lr = self._schedule.at(self.step_number)
         self._stepper.begin(lr)
         loss = 0.0
-        with dropping(self.model) if self._has_adapters else nullcontext():
+        with self._lora.dropping(self.model) if self._lora else nullcontext():
             passes = list(self._micro_batches(self._own(samples), by))
             num = max(ranks.gathered(len(passes)))
             for at in range(num):
@@ -210,9 +211,9 @@ class Trainer:
             self._stepper.restore()
         if ranks.rank():
             return
-        if self._has_adapters:
-            save_adapter(self.model, out / "adapter")
-            merge(self.model)
+        if self._lora:
+            self._lora.save_adapter(self.model, out / "adapter")
+            self._lora.merge(self.model)
         save_policy(self.model, out / "model", tokenizer=tokenizer)
 
 
@@ -224,7 +225,7 @@ def _stepper(model: Any, weight_decay: float, scale: ScaleSettings) -> Stepper:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not scale.zero:
         return Replicated(parameters, weight_decay)
-    # Imported where it is asked for: that takes as long as all else together.
+    # Imported where it is asked for, as peft is.
     sharded = import_module("katcore.train.sharded")
     stepper: Stepper = sharded.Sharded(parameters, weight_decay, scale)
     return stepper

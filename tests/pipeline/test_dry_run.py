@@ -166,7 +166,8 @@ def test_servers_are_started_as_the_engine_starts_them(tmp_path: Path) -> None:
             "context": preset.model.context,
             "tensor_parallel_size": preset.serve.tensor_parallel,
             "devices": tuple(range(4 * number, 4 * number + 4)),
-            "takes_weights": True,
+            "seed": number,
+            "adapter_rank": 32,
             "sleeps": True,
             **preset.serve.options,
         }
@@ -174,7 +175,11 @@ def test_servers_are_started_as_the_engine_starts_them(tmp_path: Path) -> None:
         command = shlex.join(start.command(8000 + number)).replace(str(python), "python")
         command = command.replace(str(tmp_path), "/MODEL").replace(tmp_path.name, "MODEL")
         given = start.environment("key")
-        names = ("VLLM_SERVER_DEV_MODE", "CUDA_VISIBLE_DEVICES")
+        names = (
+            "VLLM_SERVER_DEV_MODE",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            "CUDA_VISIBLE_DEVICES",
+        )
         assert line == " ".join([*(f"{name}={given[name]}" for name in names), command])
 
 

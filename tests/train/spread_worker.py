@@ -9,8 +9,9 @@ import deepspeed  # noqa: F401  once for all processes, which are forked from on
 import torch
 
 from katcore.schema.sample import Sample
-from katcore.settings import ScaleSettings
+from katcore.settings import LoraSettings, ScaleSettings
 from katcore.train import ranks
+from katcore.train.lora import add_adapters
 from katcore.train.objective import Sft
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.trees import line, sample, small_model
@@ -30,7 +31,7 @@ def samples() -> list[Sample]:
 
 
 def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int) -> None:
-    """Train, leave weights and metrics; `out` also has the checkpoints."""
+    """Train; leave metrics, checkpoints and the model. `settings`: of `scale`, and `adapters`, a rank."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -39,10 +40,18 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
         "KATCORE_MEET_AT": str(out / f"store-{until}"),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    settings = dict(settings)
+    adapters = settings.pop("adapters", 0)
     scale = ScaleSettings(**settings)
     is_by_deepspeed = scale.zero in (1, 2)
     dtype = torch.float32 if is_by_deepspeed else torch.float64
-    trainer = Trainer(small_model().to(dtype), Schedule(1e-2, 9), max_tokens=12, scale=scale)
+    model = small_model()
+    if adapters:
+        add_adapters(model, LoraSettings(rank=adapters), seed=1)
+    model.to(dtype)
+    trainer = Trainer(model, Schedule(1e-2, 9), max_tokens=12, scale=scale)
+    passes = [0]
+    model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     trainer.load(out / "checkpoint")
     curve = []
     while trainer.step_number < until:
@@ -50,6 +59,8 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
         curve.append([metrics["loss"], metrics["grad_norm"]])
         trainer.save(out / "checkpoint")
     logprobs = trainer.logprobs([line([1, 2, 3, 4], [False, True, True, True])])["r"]
+    found = {"curve": curve, "logprobs": logprobs, "passes": ranks.gathered(sum(passes))}
     if ranks.rank() == 0:
-        (out / "result.json").write_text(json.dumps({"curve": curve, "logprobs": logprobs}))
+        (out / "result.json").write_text(json.dumps(found))
+    trainer.publish(out, tokenizer=out)
     ranks.leave()

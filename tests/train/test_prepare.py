@@ -58,11 +58,12 @@ def test_computing_again_keeps_less() -> None:
     assert held() < before / 2
 
 
-def test_bfloat16_is_near_and_leaves_weights_and_gradients_in_float32() -> None:
+@pytest.mark.parametrize("max_tokens", [0, 12])
+def test_bfloat16_is_near_and_leaves_weights_and_gradients_in_float32(max_tokens: int) -> None:
     model = tiny("llama").float()
-    wanted, grads = stepped(model)
+    wanted, grads = stepped(model, max_tokens)
     compute_in_bfloat16(model)
-    loss, found = stepped(model)
+    loss, found = stepped(model, max_tokens)
     assert loss != wanted
     assert loss == pytest.approx(wanted, rel=0.02)
     assert found.dtype == torch.float32
