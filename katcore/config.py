@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from katcore.errors import ConfigError
+from katcore.serving import ServeSettings
 from katcore.settings import BaseTrainingSettings as BaseTrainingSettings
 from katcore.settings import EvaluateSettings as EvaluateSettings
 from katcore.settings import LoraSettings as LoraSettings
@@ -113,6 +114,15 @@ class RlSettings(Settings):
         return self
 
 
+def check_staleness(rl: RlSettings, serve: ServeSettings) -> None:
+    """Raise ValueError if what the settings ask for needs weights that the engines have no more."""
+    if serve.staleness and rl.mcla and rl.mcla.place == "engine":
+        raise ValueError(
+            "mcla.place: engine reads rollouts again with the weights that made them, which serve.staleness"
+            " lets go: set staleness: 0, or mcla.place: trainer with old: trainer"
+        )
+
+
 class DistillSettings(Settings):
     """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 
@@ -197,6 +207,7 @@ class Preset(Settings):
     sandbox: str = "local"
     sandbox_options: dict[str, Any] = Field(default_factory=dict)
     schedule: ScheduleSettings = ScheduleSettings()
+    serve: ServeSettings = ServeSettings()
     max_new_tokens: int = 48
     concurrency: int = 48
     micro_batch_tokens: int = 8192
@@ -219,7 +230,8 @@ class Preset(Settings):
                     f"experts.{name}.distill: {', '.join(sorted(shared))} cannot differ between experts;"
                     f" only {' and '.join(_SHARES)} can"
                 )
-            self.for_expert(name)
+            check_staleness(self.for_expert(name).rl, self.serve)
+        check_staleness(self.rl, self.serve)
         return self
 
     def for_expert(self, name: str) -> "Preset":
@@ -250,7 +262,11 @@ def load_preset(name_or_path: str) -> Preset:
                 f"no preset named {name_or_path!r}; choose one of: {', '.join(preset_names())},"
                 " or give the path of a YAML file"
             )
-    return load_yaml(path, Preset, name=path.stem)
+    preset = load_yaml(path, Preset, name=path.stem)
+    if not preset.model.path:
+        return preset
+    folder = str((path.parent / Path(preset.model.path).expanduser()).resolve())
+    return preset.model_copy(update={"model": preset.model.model_copy(update={"path": folder})})
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

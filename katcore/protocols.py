@@ -243,6 +243,33 @@ class SupportsScore(Protocol):
         """
 
 
+@runtime_checkable
+class SupportsWeights(Protocol):
+    """An engine whose weights can be exchanged while it runs."""
+
+    async def load_weights(self, folder: Path, version: str) -> None:
+        """Take the weights of a model folder, or of a folder with an adapter for the model that it has.
+
+        Each answer is of one version, and signed with it: what is being answered is finished with the weights
+        that it was begun with. An engine that sleeps is awake afterwards.
+
+        Raises:
+            EngineError: it does not take them. Nothing is answered then until it has taken some.
+        """
+
+
+@runtime_checkable
+class SupportsSleep(Protocol):
+    """An engine that can make room for others on its device."""
+
+    async def sleep(self) -> None:
+        """Finish what is being answered and let go of the device's memory; calls wait for new weights.
+
+        Raises:
+            EngineError: it cannot.
+        """
+
+
 class Scaffold(Protocol):
     """A coding agent, as a black box that talks to a model endpoint."""
 

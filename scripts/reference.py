@@ -99,7 +99,7 @@ def trainings() -> str:
         "# Training from a file\n\n",
         _NOTE,
         "What the file of `kat sft|rl|distill FILE` may say; [how to](../how-to/train.md). The keys of the"
-        " sections `sft`, `rl` and `distill` are those of a [preset](config.md).\n\n",
+        " sections `sft`, `rl`, `distill` and `serve` are those of a [preset](config.md).\n\n",
     ]
     for verb, kind in CONFIGS.items():
         parts.append(f"## `kat {verb}`\n\n{_said(kind)}\n\n{_keys(kind)}\n")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from katcore.cli import capture, images, sandbox, training
 from katcore.cli.bench_training import bench
-from katcore.cli.common import errors_said, out, say
+from katcore.cli.common import errors_said, out, own_output, say
 from katcore.cli.study import study
 from katcore.config import Preset, load_preset, preset_names
 from katcore.plugin import Plugins
@@ -59,7 +59,8 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
             if stage in training.EXAMPLES and launch.is_needed(settings.scale):
                 launch.launch(stage_command(plan, name, preset)[3:], settings.scale)
                 return
-            done = run_stage(plan, name, plugins)
+            with own_output():
+                done = run_stage(plan, name, plugins)
             say(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
             typer.echo(done.path.as_uri())
 
@@ -136,6 +137,56 @@ app.add_typer(study, name="study")
 app.command()(capture.proxy)
 app.command("format")(capture.formatted)
 app.command("import")(capture.imported)
+
+
+@app.command()
+def train(  # noqa: PLR0913 - one argument for each option
+    config: Annotated[
+        Path | None, typer.Argument(help="A preset's YAML, or a training's; instead of --preset.")
+    ] = None,
+    preset: PresetName = "nano",
+    experts: Experts = "",
+    seed: Seed = 0,
+    dry_run: Annotated[  # noqa: FBT002
+        bool, typer.Option("--dry-run", help="Only say what would be started, and if it fits.")
+    ] = False,
+    gpu: Annotated[
+        str,
+        typer.Option(help="A card's name or memory, such as H100 or 80GiB; scale.gpu if empty."),
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(help="For --dry-run: a folder, config.json or known name of another model."),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Of --dry-run.")] = False,  # noqa: FBT002
+) -> None:
+    """Run all stages of a preset, or a training's file; --dry-run: commands, memory of each GPU, tokens.
+
+    A dry run that does not fit exits with 1, and says which part, by how much, and what would fit.
+    """
+    from katcore.cli import dry_run as shows
+    from katcore.pipeline import dry_run as dry
+
+    with errors_said():
+        verb = shows.training_verb(config) if config else ""
+    if not dry_run:
+        if config and verb:
+            training.train(verb, config)
+            return
+        with errors_said():
+            dry.refuse(load_preset(str(config or preset)))
+        pipeline(str(config or preset), experts, seed)
+        return
+
+    with errors_said():
+        source = str(config or preset)
+        if config and verb:
+            asked = dry.asked_of_file(config, verb, model)
+        else:
+            plan, settings, _ = _plan(source, experts, seed)
+            asked = dry.asked_of_preset(settings, source, plan.experts, model)
+        found = dry.dry_run(asked, gpu)
+    shows.shown(found, as_json=as_json)
 
 
 @app.command()

@@ -1,8 +1,6 @@
 """`kat bench tree` and `kat bench train`: steps of training beside others in the same run."""
 
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +8,7 @@ import typer
 from rich.table import Table
 
 from katcore.cli.bench import AsJson, bar, bench, print_aims
-from katcore.cli.common import errors_said, out
+from katcore.cli.common import errors_said, out, own_output
 
 if TYPE_CHECKING:
     from katcore.bench.training import Report as TreeReport
@@ -58,8 +56,7 @@ def train(
 ) -> None:
     """Measure the tokens a second of a training step, beside TRL's SFTTrainer and GRPOTrainer."""
     with errors_said():
-        # Libraries that are imported on the way print to standard output.
-        with redirect_stdout(sys.stderr):
+        with own_output():
             from katcore.bench import update as measured
 
             settings = measured.Settings(tokens, rounds, hidden, layers)

@@ -1,7 +1,8 @@
 """What all verbs share: where they print, and how errors are said."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import typer
 from rich.console import Console
@@ -25,6 +26,13 @@ def errors_said() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         err.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from stop
+
+
+@contextmanager
+def own_output() -> Iterator[None]:
+    """What libraries print on the way goes to standard error: standard output is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def say(line: str) -> None:

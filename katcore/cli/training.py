@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from katcore.cli.common import err, errors_said, say
+from katcore.cli.common import err, errors_said, own_output, say
 from katcore.config import is_first_process
 from katcore.plugin import Plugins
 
@@ -47,8 +47,6 @@ def train(verb: str, path: Path) -> None:
             return
         plugins = Plugins.installed()
         say(f"{verb}: {config.model} to {config.out}")
-        from katcore.pipeline import trained
-
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -67,6 +65,9 @@ def train(verb: str, path: Path) -> None:
                 )
                 bar.update(shown, total=steps, completed=step + 1, numbers=numbers)
 
-            done = trained.run(path, config, plugins, show)
+            with own_output():
+                from katcore.pipeline import trained
+
+                done = trained.run(path, config, plugins, show)
         say(f"{verb}: {'unchanged, skipped' if done.is_skipped else 'done'}")
         typer.echo(done.path / "model")

@@ -76,6 +76,7 @@ class EmbeddedEngine:
         self._waiting: list[tuple[EngineRequest, asyncio.Future[Generation]]] = []
         self._active: list[_Active] = []
         self._loop: asyncio.Task[None] | None = None
+        self._copying = asyncio.Lock()
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "sampler", torch.set_num_threads, (threads,))
         self._prefills = Prefills(model, self._worker, max_rows=num_slots, context=context)
@@ -85,6 +86,21 @@ class EmbeddedEngine:
         self._version = version
         for slot in self._slots:
             slot.ids = None
+
+    async def copy_weights(self, model: Any, version: str) -> None:
+        """Take over the weights of a model of the same shape, and sign what follows with `version`.
+
+        What is being answered is finished first, with the old weights; what comes later waits.
+        """
+        try:
+            async with self._copying:
+                if self._loop is not None:
+                    await asyncio.wait({self._loop})
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._worker, _copy, model, self._model)
+                self.weights_changed(version)
+        finally:
+            self._start()
 
     def encode(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), start: int = 0
@@ -111,16 +127,23 @@ class EmbeddedEngine:
             raise RequestError("the embedded engine knows no presence or frequency penalty")
         answer: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, answer))
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._serve())
+        self._start()
         return await answer
+
+    def _start(self) -> None:
+        is_idle = self._loop is None or self._loop.done()
+        if self._waiting and is_idle and not self._copying.locked():
+            self._loop = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)
         while self._waiting or self._active:
             self._drop_cancelled()
-            self._admit()
+            if not self._copying.locked():
+                self._admit()
+            elif not self._active:
+                return
             try:
                 await loop.run_in_executor(self._worker, self._step)
             except Exception as error:  # noqa: BLE001 - every waiting call has to be told
@@ -286,6 +309,13 @@ def open_engine(
     )
     chat = ChatTokenizer(folder)
     return EmbeddedEngine(model.eval(), chat, num_slots=num_slots, context=context, seed=seed)
+
+
+def _copy(source: Any, target: Any) -> None:
+    own = target.state_dict()
+    with torch.no_grad():
+        for name, value in source.state_dict().items():
+            own[name].copy_(value)
 
 
 def _cut(logprobs_V: Tensor, sampling: Sampling) -> Tensor:

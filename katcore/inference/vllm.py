@@ -9,6 +9,8 @@ else was in the batch, as it does with vLLM's kernels.
 """
 
 import asyncio
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -18,6 +20,13 @@ from katcore.errors import ContextOverflowError, EngineError, EngineGoneError, R
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.vllm_http import Address, VllmClient
 from katcore.inference.vllm_probe import NEUTRAL, Served, probe
+from katcore.inference.vllm_weights import (
+    add_adapter,
+    is_adapter,
+    remove_adapter,
+    replace_weights,
+    send_to_sleep,
+)
 from katcore.schema.call import (
     EngineRequest,
     Generation,
@@ -77,8 +86,13 @@ class VllmEngine:
         self._client: VllmClient | None = None
         self._served: Served | None = None
         self._connecting = asyncio.Lock()
-        self._weights: Path | None = None
+        self._wanted: tuple[Path, str] | None = None
+        """The weights that were asked for last, and their version."""
         self._version = "0"
+        self._adapter = ""
+        self._adapters: Counter[str] = Counter()
+        """Open calls of each adapter that the server has."""
+        self._is_asleep = False
         self._fault = ""
         self._num_running = 0
         self._is_idle, self._is_open = asyncio.Event(), asyncio.Event()
@@ -117,7 +131,6 @@ class VllmEngine:
                 )
             room = min(request.sampling.max_tokens, served.context - num)
             body = {
-                "model": served.name,
                 "prompt": list(request.prompt_ids),
                 "max_tokens": room,
                 # Answers end at the ids that our templates know, and at no others.
@@ -127,8 +140,7 @@ class VllmEngine:
                 "return_token_ids": True,
                 **_drawn(request.sampling),
             }
-            with self._noticing():
-                answer = await client.call("/v1/completions", body)
+            answer = await self._complete(client, served, body)
         return self._generation(request, answer, version)
 
     async def score(self, request: ScoreRequest) -> tuple[float, ...]:
@@ -150,42 +162,55 @@ class VllmEngine:
                     " one more"
                 )
             body = {
-                "model": served.name,
                 "prompt": list(request.ids),
                 "max_tokens": 1,
                 "prompt_logprobs": 0,
                 **_drawn(sampling),
             }
-            with self._noticing():
-                answer = await client.call("/v1/completions", body)
+            answer = await self._complete(client, served, body)
         return _scored(answer, request)
 
     async def load_weights(self, folder: Path, version: str) -> None:
-        """Put the weights of a model folder into the running server, and sign what follows with `version`.
+        """See `SupportsWeights.load_weights`. A server that was started again gets the weights again.
 
-        Answers that are being given are finished first, with the old weights; later ones wait. A server that
-        was started again gets the weights again.
-
-        Raises:
-            EngineError: the server takes none. Nothing is answered then until it has taken some.
+        Whole weights wait for what is being answered, and later calls wait for them; an adapter is served
+        beside the one before, and nobody waits.
         """
         async with self._loading:
-            self._is_open.clear()
-            try:
-                await self._is_idle.wait()
+            if is_adapter(folder) and not self._is_asleep:
+                await self._load(folder, version)
+                return
+            async with self._alone():
+                await self._load(folder, version)
+
+    async def sleep(self) -> None:
+        """See `SupportsSleep.sleep`. Weights that the server can read again are not kept."""
+        async with self._loading:
+            if self._is_asleep:
+                return
+            async with self._alone():
                 client, _ = await self._ready()
-                self._fault = f"the server did not take the weights of {folder}"
+                keeps = self._wanted is None or bool(self._adapter)
                 with self._noticing():
-                    await self._replace(client, folder)
-                self._weights, self._version, self._fault = folder, version, ""
-            finally:
-                self._is_open.set()
+                    await send_to_sleep(client, keeps_weights=keeps)
+                self._is_asleep = True
 
     async def close(self) -> None:
         """See `SupportsClose.close`."""
         if self._client is not None:
             await self._client.close()
         await self._server.close()
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """While nobody is answered. Afterwards, calls go on unless the server sleeps well."""
+        self._is_open.clear()
+        try:
+            await self._is_idle.wait()
+            yield
+        finally:
+            if self._fault or not self._is_asleep:
+                self._is_open.set()
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -215,8 +240,11 @@ class VllmEngine:
             if self._served is None:
                 with self._noticing():
                     served = await probe(self._client, self._chat, self._model, self._context)
-                    if self._weights is not None:
-                        await self._replace(self._client, self._weights)
+                # A server that was started again is awake, and has nothing of what the old one was given.
+                self._is_asleep, self._adapter = False, ""
+                self._adapters.clear()
+                if self._wanted is not None:
+                    await self._take(self._client, *self._wanted)
                 self._served = served
             return self._client, self._served
 
@@ -232,23 +260,41 @@ class VllmEngine:
             self._served = None
             raise EngineGoneError(f"{error}{self._server.doubt(address)}") from error
 
-    async def _replace(self, client: VllmClient, folder: Path) -> None:
+    async def _complete(self, client: VllmClient, served: Served, body: dict[str, Any]) -> Any:
+        adapter = self._adapter
+        self._adapters[adapter] += 1
         try:
-            await client.call("/pause?mode=wait", {})
-            try:
-                await client.call("/collective_rpc", _reload(folder))
-                await client.call("/reset_prefix_cache", {})
-            finally:
-                await client.call("/resume", {})
-        except RequestError as error:
-            raise EngineError(f"{client.url} does not take {folder}: {error}") from error
-        except EngineGoneError:
+            with self._noticing():
+                named = {"model": adapter or served.name, **body}
+                return await client.call("/v1/completions", named)
+        finally:
+            self._adapters[adapter] -= 1
+
+    async def _load(self, folder: Path, version: str) -> None:
+        self._wanted = folder, version
+        try:
+            client, _ = await self._ready()
+            await self._take(client, folder, version)
+        except BaseException:
+            self._fault = f"the server did not take the weights of {folder}"
             raise
-        except EngineError as error:
-            raise EngineError(
-                f"{error}; a server takes new weights if it was started with VLLM_SERVER_DEV_MODE=1"
-                " (`takes_weights` of the engine `vllm`)"
-            ) from error
+        self._fault = ""
+
+    async def _take(self, client: VllmClient, folder: Path, version: str) -> None:
+        with self._noticing():
+            if is_adapter(folder):
+                name = f"{version}-{uuid.uuid4().hex[:8]}"
+                await add_adapter(client, folder, name, is_asleep=self._is_asleep)
+                self._adapter = name
+                self._adapters[name] = 0
+            else:
+                await replace_weights(client, folder, is_asleep=self._is_asleep)
+                self._adapter = ""
+            self._version, self._is_asleep = version, False
+            for old in [name for name, num in self._adapters.items() if name and not num]:
+                if old != self._adapter:
+                    del self._adapters[old]
+                    await remove_adapter(client, old)
 
     def _generation(self, request: EngineRequest, answer: Any, version: str) -> Generation:
         ids, logprobs, reason = _checked(answer, request.prompt_ids)
@@ -263,10 +309,6 @@ class VllmEngine:
         return Generation(
             ids, logprobs, text, finish, version, reasoning=reasoning, tool_calls=calls
         )
-
-
-def _reload(folder: Path) -> dict[str, Any]:
-    return {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
 
 
 def _drawn(sampling: Sampling) -> dict[str, Any]:

@@ -50,7 +50,22 @@ class VllmClient:
             RequestError: the server says that the request is wrong; `ContextOverflowError` if it is too long.
             EngineError: it failed in another way.
         """
-        method = "GET" if body is None else "POST"
+        text = await self._text("GET" if body is None else "POST", path, body)
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            said = text[:_MAX_SAID]
+            raise EngineError(f"{self.url}{path} gave no JSON; is it vLLM? {said}") from error
+
+    async def tell(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """POST to `path`, whose answer says nothing but that it was done. Raises as `call` does."""
+        await self._text("POST", path, body or {})
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def _text(self, method: str, path: str, body: dict[str, Any] | None) -> str:
         try:
             async with self._session.request(method, self.url + path, json=body) as answer:
                 status, text = answer.status, await answer.text()
@@ -60,15 +75,7 @@ class VllmClient:
             raise EngineGoneError(f"{self.url} does not answer: {said}") from error
         if status >= 400:
             raise self._refusal(path, status, _said(text), retry)
-        try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            said = text[:_MAX_SAID]
-            raise EngineError(f"{self.url}{path} gave no JSON; is it vLLM? {said}") from error
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._session.close()
+        return text
 
     def _refusal(self, path: str, status: int, said: str, retry: str) -> KatError:
         if status in {429, 503}:

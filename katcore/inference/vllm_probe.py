@@ -75,7 +75,9 @@ async def _check(client: VllmClient, chat: ChatTokenizer, name: str) -> None:
 
 
 async def _served(client: VllmClient, model: str, context: int | None) -> Served:
-    cards = {card["id"]: card for card in (await client.call("/v1/models"))["data"]}
+    shown = (await client.call("/v1/models"))["data"]
+    # An adapter's card names its model as the parent.
+    cards = {card["id"]: card for card in shown if not card.get("parent")}
     name = model or (next(iter(cards)) if len(cards) == 1 else "")
     if name not in cards:
         found = f"no model {name!r}" if name else "several models"

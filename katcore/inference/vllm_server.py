@@ -34,6 +34,8 @@ _REPORT_S = 15.0
 _HEALTH_S = 5.0
 _MAX_LINES, _MAX_TAIL = 15, 8192
 _OURS = ("--model", "--served-model-name", "--host", "--port", "--api-key", "--uds", "--config")
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as the largest rank of adapters."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ _log = logging.getLogger(__name__)
 class Start:
     """What a server is started with. `arguments` are vLLM's own; they stand above ours.
 
-    `takes_weights` opens the endpoints for new weights, which vLLM guards with no key.
+    `takes_weights` and `sleeps` open endpoints for new weights and for sleep, which vLLM guards with no key;
+    adapters of up to `adapter_rank` are taken by one that wants the key. `devices` are its GPUs, () all.
 
     Raises:
         ConfigError: an argument is one that we have to choose.
@@ -52,6 +55,9 @@ class Start:
     python: Path
     arguments: tuple[str, ...] = ()
     takes_weights: bool = False
+    adapter_rank: int = 0
+    sleeps: bool = False
+    devices: tuple[int, ...] = ()
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -74,15 +80,27 @@ class Start:
             ),
             *("--host", HOST, "--port", str(port)),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+            *self._abilities(),
             *self.arguments,
         ]
+
+    def _abilities(self) -> list[str]:
+        flags = ["--enable-sleep-mode"] if self.sleeps else []
+        if self.adapter_rank:
+            rank = next((rank for rank in _RANKS if rank >= self.adapter_rank), self.adapter_rank)
+            flags += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
+        return flags
 
     def environment(self, key: str) -> dict[str, str]:
         """The environment; of another interpreter's, what would lead it to our packages is left out."""
         given = {"VLLM_HOST_IP": HOST, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         given = given | environment() | {"VLLM_API_KEY": key}
-        if self.takes_weights:
+        if self.takes_weights or self.sleeps:
             given["VLLM_SERVER_DEV_MODE"] = "1"
+        if self.adapter_rank:
+            given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        if self.devices:
+            given["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
         if self.python != Path(sys.executable):
             for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
                 given.pop(name, None)

@@ -7,9 +7,8 @@ recorded; they are trained on only where the settings say so.
 """
 
 import asyncio
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from typing import Any
 from katcore.config import DistillSettings, is_first_process
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
-from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.engines import open_engines
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import (
     Rollouts,
     StepRollouts,
-    engine_settings,
     facts_of,
     open_rollouts,
     samples_of,
@@ -30,14 +28,15 @@ from katcore.pipeline.rollouts import (
 )
 from katcore.pipeline.route import best_teachers
 from katcore.pipeline.stage import Job
-from katcore.rollout.single import Attempt, Parts
+from katcore.pipeline.stream import Make, Stream
+from katcore.protocols import Engine
+from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
 from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.sample import Sample
 from katcore.schema.task import Task
-from katcore.train import ranks
 from katcore.train.advantage import Advantages, group_advantages
 from katcore.train.batch import turns
 from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
@@ -104,7 +103,7 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     loop = _Loop(job, trainer, chat, domains)
     history = loop.load()
     loop.learn_from_teachers()
-    asyncio.run(loop.run(history))
+    asyncio.run(loop.run(start, history))
     trainer.publish(job.out, tokenizer=start)
     return {"kl_first": history[0], "kl_last": history[-1]} if history else {}
 
@@ -148,9 +147,6 @@ class _Loop:
         self._teachers = Teachers(
             {domain.name: _teacher(domain, trainer.model) for domain in domains}, chosen
         )
-        self._engine = None
-        if is_first_process():  # which makes the rollouts that all learn from
-            self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
 
     def load(self) -> list[float]:
         """Go on from the last checkpoint: the mean KL of each on-policy step so far."""
@@ -174,46 +170,53 @@ class _Loop:
             if (step + 1) % settings.checkpoint_every == 0:
                 self._trainer.save(job.checkpoint, history=[])
 
-    async def run(self, history: list[float]) -> None:
-        """The steps on policy; `history` grows by the mean KL of each."""
+    async def run(self, start: Path, history: list[float]) -> None:
+        """The steps on policy, on rollouts; `history` grows by the mean KL of each."""
         settings, job = self._settings, self._job
-        sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
         made = StepRollouts(job.out / "rollouts.jsonl", "distill", len(history))
-        async with open_rollouts(job) if self._engine else nullcontext() as rollouts:
-            parts = [
-                rollouts.parts(domain.expert, sampling) if rollouts else None
-                for domain in self._domains
-            ]
+        async with AsyncExitStack() as stack:
+            engines, make = None, None
+            if is_first_process():  # which makes the rollouts that all learn from
+                rollouts = await stack.enter_async_context(open_rollouts(job))
+                engines = await stack.enter_async_context(
+                    open_engines(job, self._trainer.model, start)
+                )
+                make = self._maker(rollouts, engines.engine, made)
+            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            await stack.enter_async_context(stream)
             for step in range(len(history), settings.steps):
-                started_s = time.perf_counter()
-                if self._engine:
-                    self._engine.weights_changed(str(step))
-                for domain, own in zip(self._domains, parts, strict=True):
-                    if rollouts and own:
-                        await self._make(rollouts, own, made, domain, step)
-                found = ranks.share(made.of(step))
-                metrics = facts_of(found, time.perf_counter() - started_s)
-                metrics |= self._learn(found)
-                history.append(metrics["kl"])
-                done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
-                job.progress.step(done, total, metrics)
-                if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(job.checkpoint, history=history)
+                await self._step(stream, step, history)
+                made.forget(step)
         made.close()
 
-    async def _make(
-        self, rollouts: Rollouts, parts: Parts, made: StepRollouts, domain: Domain, step: int
-    ) -> None:
-        assert self._engine is not None
-        engine = self._engine
+    def _maker(self, rollouts: Rollouts, engine: Engine, made: StepRollouts) -> Make:
+        sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
+        parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
+
+        async def make(step: int) -> list[Rollout]:
+            for domain, own in zip(self._domains, parts, strict=True):
+                attempts = self._attempts(engine, domain, made.label(step), step)
+                await made.make(rollouts, attempts, own, step)
+            return made.of(step)
+
+        return make
+
+    async def _step(self, stream: Stream, step: int, history: list[float]) -> None:
+        settings, job = self._settings, self._job
+        whole, metrics = await stream.of(step)
+        metrics |= await stream.run(self._learn, whole)
+        metrics |= stream.shares()
+        history.append(metrics["kl"])
+        done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
+        job.progress.step(done, total, metrics)
+        if (step + 1) % settings.checkpoint_every == 0:
+            self._trainer.save(job.checkpoint, history=history)
+
+    def _attempts(self, engine: Engine, domain: Domain, label: str, step: int) -> Iterator[Attempt]:
         num, seed = domain.settings.prompts, self._job.seed + 29
-        chosen = [domain.tasks[at] for at in draw(len(domain.tasks), num, seed, step)]
-        attempts = (
-            Attempt(task, engine, number, made.label(step))
-            for task in chosen
-            for number in range(self._settings.group)
-        )
-        await made.make(rollouts, attempts, parts, step)
+        for at in draw(len(domain.tasks), num, seed, step):
+            for number in range(self._settings.group):
+                yield Attempt(domain.tasks[at], engine, number, label)
 
     def _learn(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -2,7 +2,9 @@
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
 
 from katcore.config import RlSettings
 from katcore.pipeline.prefill import engine_passes, trainer_passes
@@ -14,12 +16,20 @@ from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
 from katcore.train.trainer import Trainer
 
+Run = Callable[..., Awaitable[Any]]
+"""Calls its first argument with the others."""
+
+
+async def _here(call: Callable[..., Any], *given: Any) -> Any:
+    return call(*given)
+
 
 class Learner:
     """Changes the trainer's weights as the settings say.
 
     `engine` made the rollouts, with the weights as they are. Where it has to read them again (`mcla`), it is
-    given at most `at_once` requests at a time. Of several processes the first alone has it.
+    given at most `at_once` requests at a time; then it is done. Of several processes the first alone has it.
+    `run` has the trainer compute.
     """
 
     def __init__(
@@ -30,10 +40,12 @@ class Learner:
         *,
         seed: int,
         at_once: int,
+        run: Run = _here,
     ) -> None:
         self._trainer = trainer
         self._settings = settings
         self._engine = engine
+        self._run = run
         self._seed = seed
         self._at_once = at_once
         self._shape = Clipped(
@@ -67,16 +79,16 @@ class Learner:
         if not useful:
             return metrics
         passes = await self._passes(useful)
-        old, apart = self._before(useful, passes)
+        old, apart = await self._run(self._before, useful, passes)
         objective = PolicyGradient(
             advantages, self._shape, old=old, apart=apart, reference=self._reference
         )
         if passes and settings.mcla and settings.mcla.passes > 1:
-            metrics |= self._seen(useful, passes, objective)
+            metrics |= await self._run(self._seen, useful, passes, objective)
         for number in range(settings.epochs * settings.minibatches):
             part = useful[number % settings.minibatches :: settings.minibatches]
             if part:
-                metrics |= self._trainer.update(part, objective)
+                metrics |= await self._run(self._trainer.update, part, objective)
         return metrics | objective.rates()
 
     async def _passes(self, samples: Sequence[Sample]) -> Passes | None:
@@ -85,10 +97,15 @@ class Learner:
             return None
         order = random.Random(f"{self._seed}-{self._trainer.step_number}")
         if mcla.place == "trainer":
-            return trainer_passes(
-                self._trainer, samples, settings.temperature, mcla.passes, order=order
+            passes: Passes = await self._run(
+                partial(trainer_passes, order=order),
+                self._trainer,
+                samples,
+                settings.temperature,
+                mcla.passes,
             )
-        passes: Passes = {}
+            return passes
+        passes = {}
         if self._engine:
             passes = await engine_passes(
                 self._engine,

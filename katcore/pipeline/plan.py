@@ -15,6 +15,7 @@ from typing import Any
 
 from katcore.config import Preset
 from katcore.errors import ConfigError
+from katcore.inference import source
 from katcore.plugin import Plugins
 from katcore.schema.expert import Expert
 
@@ -31,8 +32,16 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "synthesize": ("dataset", "sandbox"),
     "collect": _ROLLOUT,
     "sft": ("train",),
-    "rl": ("train", *_ROLLOUT, "pipeline.frontier", "pipeline.learner", "pipeline.prefill"),
-    "distill": ("train", *_ROLLOUT, "pipeline.route"),
+    "rl": (
+        "train",
+        *_ROLLOUT,
+        "pipeline.engines",
+        "pipeline.stream",
+        "pipeline.frontier",
+        "pipeline.learner",
+        "pipeline.prefill",
+    ),
+    "distill": ("train", *_ROLLOUT, "pipeline.engines", "pipeline.stream", "pipeline.route"),
     "evaluate": _ROLLOUT,
     "gate": ("pipeline.statistic",),
     "register": ("registry",),
@@ -86,7 +95,7 @@ def build_plan(
         )
     for name in (*preset.synthesis, *preset.experts):
         plugins.find("expert", name)
-    specs = [StageSpec("base", "base", config=_dump(preset, "model", "base") | {"seed": seed})]
+    specs = [StageSpec("base", "base", config=_base_config(preset) | {"seed": seed})]
     for name in names:
         plugins.find("expert", name)
     chosen = [plugins.experts()[name] for name in names]
@@ -135,7 +144,7 @@ def _expert_stages(
             "sft",
             "synthesize",
             "collect",
-            config=rollout | _dump(preset, "rl", *_TRAINED),
+            config=rollout | _dump(preset, "rl", "serve", *_TRAINED),
             uses=offers,
         ),
         stage(
@@ -178,7 +187,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
                 *of("synthesize"),
                 *(of("evaluate") if _may_teach_all(preset) else ()),
             ],
-            rollout | _dump(preset, "distill", *_TRAINED) | {"by_expert": own},
+            rollout | _dump(preset, "distill", "serve", *_TRAINED) | {"by_expert": own},
             offers,
         ),
         stage(
@@ -211,6 +220,14 @@ def _rollout_config(
         ("formatter", expert.formatter),
     )
     return config, offers
+
+
+def _base_config(preset: Preset) -> dict[str, Any]:
+    """With what tells one state of a folder that it starts from from another."""
+    found = _dump(preset, "model", "base")
+    if preset.model.kind == "folder":
+        found["files"] = source.files_of(Path(preset.model.path))
+    return found
 
 
 def _dump(preset: Preset, *names: str) -> dict[str, Any]:

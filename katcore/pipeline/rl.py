@@ -1,38 +1,37 @@
 """Stage `rl`: group-relative policy optimisation of an expert on fresh rollouts of its own tasks.
 
 A step's rollouts are made with the weights that the step then changes, in `epochs` passes of `minibatches`
-updates each (`learner`).
+updates each (`learner`), or with some that are a few steps older (`serve.staleness`).
 """
 
 import asyncio
 import statistics
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from katcore.config import is_first_process
 from katcore.errors import StageError
-from katcore.inference.chat import ChatTokenizer
-from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.engines import Engines, open_engines
 from katcore.pipeline.frontier import Frontier
 from katcore.pipeline.learner import Learner
 from katcore.pipeline.rollouts import (
+    Rollouts,
     StepRollouts,
-    engine_settings,
-    facts_of,
     open_rollouts,
     samples_of,
     tasks_of,
 )
 from katcore.pipeline.stage import Job
+from katcore.pipeline.stream import Make, Stream
+from katcore.protocols import Engine
 from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
 from katcore.schema.codec import read_lines
 from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
-from katcore.train import ranks
 from katcore.train.policy import limit_threads
 from katcore.train.prepare import load_trainable, refuse_scattered
 from katcore.train.trainer import Schedule, Trainer, engine_options
@@ -58,8 +57,8 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
         final_lr=settings.final_lr,
     )
     trainer = Trainer(model, schedule, **engine_options(job.preset))
-    loop = _Loop(job, trainer, ChatTokenizer(start), expert)
-    rewards = asyncio.run(loop.run(tasks))
+    loop = _Loop(job, trainer, start, expert, tasks)
+    rewards = asyncio.run(loop.run())
     trainer.publish(job.out, tokenizer=start)
     edge = max(1, len(rewards) // 5)
     return {
@@ -69,54 +68,99 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
 
 
 class _Loop:
-    def __init__(self, job: Job, trainer: Trainer, chat: ChatTokenizer, expert: Expert) -> None:
+    def __init__(
+        self, job: Job, trainer: Trainer, start: Path, expert: Expert, tasks: Sequence[Task]
+    ) -> None:
         self._job = job
         self._trainer = trainer
+        self._start = start
         self._settings = job.preset.rl
         self._expert = expert
-        self._engine = None
-        if is_first_process():  # which makes the rollouts that all learn from
-            self._engine = EmbeddedEngine(trainer.model, chat, **engine_settings(job))
-        self._learner = Learner(
-            trainer, self._settings, self._engine, seed=job.seed, at_once=job.preset.concurrency
-        )
+        self._frontier = Frontier(tasks, job.seed + 17)
+        self._by_id = {task.id: task for task in tasks}
+        self._rewards: list[float] = []
+        self._chosen: dict[int, list[str]] = {}
+        """The tasks of steps that were begun and not learnt from, which later rates would not choose."""
 
-    async def run(self, tasks: Sequence[Task]) -> list[float]:
+    async def run(self) -> list[float]:
         """All steps; mean reward of each. Goes on from the last checkpoint."""
         settings, job = self._settings, self._job
-        saved = self._trainer.load(job.checkpoint)
-        rewards: list[float] = list(saved.get("rewards", []))
-        frontier = Frontier(tasks, job.seed + 17, saved.get("rates"))
-        sampling = Sampling(settings.temperature, job.preset.max_new_tokens)
-        steps = StepRollouts(job.out / "rollouts.jsonl", "rl", len(rewards))
-        async with open_rollouts(job) if self._engine else nullcontext() as rollouts:
-            parts = rollouts.parts(self._expert, sampling) if rollouts else None
-            for step in range(len(rewards), settings.steps):
-                started_s = time.perf_counter()
-                made: list[Rollout] = []
-                if self._engine and rollouts and parts:
-                    self._engine.weights_changed(str(step))
-                    attempts = (
-                        Attempt(task, self._engine, number, steps.label(step))
-                        for task in frontier.choose(settings.prompts, step)
-                        for number in range(settings.group)
-                    )
-                    made = await steps.make(rollouts, attempts, parts, step)
-                made = ranks.share(made)
-                metrics = facts_of(made, time.perf_counter() - started_s)
-                frontier.learn(made)
-                metrics |= await self._learn(made) | {"pass_rate": frontier.pass_rate}
-                rewards.append(metrics["reward"])
-                job.progress.step(step, settings.steps, metrics)
-                if (step + 1) % settings.checkpoint_every == 0:
-                    self._trainer.save(job.checkpoint, rewards=rewards, rates=frontier.rates)
-        steps.close()
-        return rewards
+        async with AsyncExitStack() as stack:
+            engines, make = None, None
+            if is_first_process():  # which makes the rollouts that all learn from
+                rollouts = await stack.enter_async_context(open_rollouts(job))
+                engines = await stack.enter_async_context(
+                    open_engines(job, self._trainer.model, self._start)
+                )
+                make = self._maker(rollouts, engines.engine)
+            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            await self._steps(await stack.enter_async_context(stream), engines)
+        self._made.close()
+        return self._rewards
 
-    async def _learn(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def _maker(self, rollouts: Rollouts, engine: Engine) -> Make:
+        sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
+        parts = rollouts.parts(self._expert, sampling)
+
+        def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
+            # Chosen by the rates of now, whenever the first of them is begun.
+            attempts = list(self._attempts(engine, step))
+            return self._made.make(rollouts, attempts, parts, step)
+
+        return make
+
+    async def _steps(self, stream: Stream, engines: Engines | None) -> None:
+        settings, job = self._settings, self._job
+        learner = Learner(
+            self._trainer,
+            settings,
+            engines.engine if engines else None,
+            seed=job.seed,
+            at_once=job.preset.concurrency,
+            run=stream.run,
+        )
+        # After the learner, which may refer to the model as it was in the beginning.
+        self._go_on()
+        for step in range(len(self._rewards), settings.steps):
+            made, metrics = await stream.of(step)
+            self._frontier.learn(made)
+            metrics |= await self._learn(learner, made)
+            metrics |= {"pass_rate": self._frontier.pass_rate} | stream.shares()
+            self._rewards.append(metrics["reward"])
+            self._made.forget(step)
+            self._chosen.pop(step, None)
+            job.progress.step(step, settings.steps, metrics)
+            if (step + 1) % settings.checkpoint_every == 0:
+                self._save()
+
+    def _go_on(self) -> None:
+        """From the last checkpoint, if there is one."""
+        saved = self._trainer.load(self._job.checkpoint)
+        self._rewards = list(saved.get("rewards", []))
+        self._frontier.rates = dict(saved.get("rates", {}))
+        self._chosen = dict(saved.get("chosen", {}))
+        self._made = StepRollouts(self._job.out / "rollouts.jsonl", "rl", len(self._rewards))
+
+    def _attempts(self, engine: Engine, step: int) -> Iterator[Attempt]:
+        if step not in self._chosen:
+            tasks = self._frontier.choose(self._settings.prompts, step)
+            self._chosen[step] = [task.id for task in tasks]
+        for name in self._chosen[step]:
+            for number in range(self._settings.group):
+                yield Attempt(self._by_id[name], engine, number, self._made.label(step))
+
+    async def _learn(self, learner: Learner, rollouts: list[Rollout]) -> dict[str, float]:
         samples = samples_of(self._job, self._expert, rollouts)
         failed = sum(len(sample.failed) for sample in samples) / max(1, len(samples))
-        return await self._learner.learn(samples) | {"failed": failed}
+        return await learner.learn(samples) | {"failed": failed}
+
+    def _save(self) -> None:
+        self._trainer.save(
+            self._job.checkpoint,
+            rewards=self._rewards,
+            rates=self._frontier.rates,
+            chosen=self._chosen,
+        )
 
 
 def tasks_to_attempt(job: Job, expert: Expert) -> list[Task]:

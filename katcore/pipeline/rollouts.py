@@ -12,6 +12,7 @@ from katcore.pipeline.stage import Job
 from katcore.protocols import Formatter, SandboxBackend
 from katcore.proxy.server import Proxy
 from katcore.rollout.collect import Limits, collect
+from katcore.rollout.places import Places
 from katcore.rollout.single import Attempt, Parts
 from katcore.sandbox.lease import open_backend
 from katcore.schema.call import Sampling
@@ -33,6 +34,7 @@ class Rollouts:
     job: Job
     proxy: Proxy
     backend: SandboxBackend
+    places: Places | None = None
 
     def parts(self, expert: Expert, sampling: Sampling) -> Parts:
         """The parts of one expert's rollouts."""
@@ -43,13 +45,17 @@ class Rollouts:
             self.proxy, self.backend, scaffold, verifier, sampling, scaffold_name=expert.scaffold
         )
 
-    async def run(self, attempts: Iterable[Attempt], parts: Parts) -> AsyncIterator[Rollout]:
+    async def run(
+        self, attempts: Iterable[Attempt], parts: Parts, rank: int = 0
+    ) -> AsyncIterator[Rollout]:
         """Every attempt's rollout as it ends; observers are told of each.
+
+        Those of a lower rank, if some are made at the same time, come first.
 
         Raises:
             StageError: after the last, if more than a tenth was lost to infrastructure.
         """
-        limits = Limits(self.job.preset.concurrency)
+        limits = Limits(self.job.preset.concurrency, self.places, rank)
         num = 0
         lost: list[Rollout] = []
         async for rollout in collect(attempts, parts, limits):
@@ -76,7 +82,7 @@ async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
         ) as backend,
         Proxy(job.out / "calls.jsonl") as proxy,
     ):
-        yield Rollouts(job, proxy, backend)
+        yield Rollouts(job, proxy, backend, Places(job.preset.concurrency))
 
 
 def engine_settings(job: Job) -> dict[str, int]:
@@ -165,17 +171,20 @@ class StepRollouts:
     async def make(
         self, rollouts: Rollouts, attempts: Iterable[Attempt], parts: Parts, step: int
     ) -> list[Rollout]:
-        """Make the attempts of a step that are not made; returns all so far. Steps before are let go."""
-        self._made = {number: made for number, made in self._made.items() if number >= step}
+        """Make the attempts of a step that are not made; returns all so far."""
         made = self._made.setdefault(step, [])
         done = {(item.domain, item.task_id, item.attempt) for item in made}
         missing = (
             item for item in attempts if (item.task.domain, item.task.id, item.number) not in done
         )
-        async for rollout in rollouts.run(missing, parts):
+        async for rollout in rollouts.run(missing, parts, step):
             self._file.append(rollout)
             made.append(rollout)
         return made
+
+    def forget(self, step: int) -> None:
+        """Let go of a step's rollouts; the file keeps them."""
+        self._made.pop(step, None)
 
     def close(self) -> None:
         """Close the file."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from katcore.config import DistillSettings, ModelSettings, Preset, is_first_process
+from katcore.config import DistillSettings, is_first_process
 from katcore.errors import ConfigError, StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.pipeline import distill, rl, sft
@@ -31,11 +31,11 @@ from katcore.pipeline.training import (
     DistillConfig,
     DomainConfig,
     RlConfig,
-    RolloutConfig,
     SftConfig,
     TasksConfig,
     TrainingConfig,
     model_folder,
+    preset_of,
 )
 from katcore.plugin import Plugins
 from katcore.schema.expert import Expert
@@ -117,7 +117,7 @@ def _make(path: Path, config: TrainingConfig, plugins: Plugins, work: Work) -> F
         _note(out, content)
     spec = StageSpec(verb, verb, config=content)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    plan = Plan(_preset(path.stem, config), config.seed, (), {verb: spec}, {verb: key})
+    plan = Plan(preset_of(path.stem, config), config.seed, (), {verb: spec}, {verb: key})
 
     def limited(job: Job) -> dict[str, float]:
         limit_threads(config.threads)
@@ -145,27 +145,6 @@ def _note(out: Path, content: Mapping[str, Any]) -> None:
     if not out.exists():
         growing.parent.mkdir(parents=True, exist_ok=True)
         growing.write_text(json.dumps(content, indent=1))
-
-
-def _preset(name: str, config: TrainingConfig) -> Preset:
-    """The config as the settings of a run, for what reads these."""
-    given: dict[str, Any] = {
-        "model": ModelSettings(context=config.context),
-        "micro_batch_tokens": config.micro_batch_tokens,
-        "scale": config.scale,
-        "lora": config.lora,
-    }
-    if isinstance(config, RolloutConfig):
-        given |= {
-            "sandbox": config.sandbox.name,
-            "sandbox_options": config.sandbox.options,
-            "concurrency": config.concurrency,
-            "max_new_tokens": config.max_new_tokens,
-        }
-    for section in ("sft", "rl", "distill"):
-        if hasattr(config, section):
-            given[section] = getattr(config, section)
-    return Preset(name=name, summary="", **given)
 
 
 def _expert(name: str, own: TasksConfig, formatter: Choice, plugins: Plugins) -> Expert:

@@ -3,21 +3,25 @@
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from katcore.config import (
     DistillSettings,
     LoraSettings,
+    ModelSettings,
+    Preset,
     RlSettings,
     ScaleSettings,
     Settings,
     SftSettings,
+    check_staleness,
     load_yaml,
 )
 from katcore.errors import ConfigError
 from katcore.pipeline.collection import Choice
+from katcore.serving import ServeSettings
 
 
 class TrainingConfig(Settings):
@@ -71,6 +75,7 @@ class RolloutConfig(TrainingConfig):
     sandbox: Choice = Choice(name="local")
     concurrency: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
+    serve: ServeSettings = ServeSettings()
 
 
 class RlConfig(RolloutConfig, TasksConfig):
@@ -85,6 +90,7 @@ class RlConfig(RolloutConfig, TasksConfig):
             raise ValueError(
                 "rl.tasks: only a run's stages know which are unseen; name a folder of such tasks"
             )
+        check_staleness(self.rl, self.serve)
         return self
 
 
@@ -158,3 +164,25 @@ def model_folder(text: str, base: Path) -> Path:
         f"{text}: no model in {folder}: expected config.json, tokenizer_config.json and weights, there or in"
         " model/; or write models:/NAME/VERSION for a registered one"
     )
+
+
+def preset_of(name: str, config: TrainingConfig) -> Preset:
+    """The config as the settings of a run, for what reads these."""
+    given: dict[str, Any] = {
+        "model": ModelSettings(context=config.context),
+        "micro_batch_tokens": config.micro_batch_tokens,
+        "scale": config.scale,
+        "lora": config.lora,
+    }
+    if isinstance(config, RolloutConfig):
+        given |= {
+            "sandbox": config.sandbox.name,
+            "sandbox_options": config.sandbox.options,
+            "concurrency": config.concurrency,
+            "max_new_tokens": config.max_new_tokens,
+            "serve": config.serve,
+        }
+    for section in ("sft", "rl", "distill"):
+        if hasattr(config, section):
+            given[section] = getattr(config, section)
+    return Preset(name=name, summary="", **given)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from katcore.retry import rule_for
+from katcore.rollout.places import Places
 from katcore.rollout.prepare import Preparations
 from katcore.rollout.single import Attempt, Parts, run_rollout
 from katcore.schema.rollout import Rollout
@@ -18,9 +19,11 @@ _DRAW = random.Random()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many at once."""
+    """How many at once; with `places`, together with all others that take of these, by rank."""
 
     concurrency: int = 32
+    places: Places | None = None
+    rank: int = 0
 
 
 async def collect(
@@ -38,7 +41,8 @@ async def collect(
     try:
         while True:
             for attempt in waiting:
-                running.add(asyncio.create_task(_persist(attempt, parts, preparations)))
+                trying = _placed(limits, attempt, parts, preparations)
+                running.add(asyncio.create_task(trying))
                 if len(running) >= limits.concurrency:
                     break
             if not running:
@@ -50,6 +54,15 @@ async def collect(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _placed(
+    limits: Limits, attempt: Attempt, parts: Parts, preparations: Preparations
+) -> Rollout:
+    if limits.places is None:
+        return await _persist(attempt, parts, preparations)
+    async with limits.places.take(limits.rank):
+        return await _persist(attempt, parts, preparations)
 
 
 async def _persist(attempt: Attempt, parts: Parts, preparations: Preparations) -> Rollout:

@@ -13,7 +13,9 @@ class Sample:
     sequence is (-1, 0, 1, ...). `trained[t]` marks tokens the policy produced; every other token is
     context. `logprobs[t]` is the behaviour policy's log-probability (0 where not sampled).
     `branches[t]` counts the root-to-leaf paths through `t` (g_t of Tree Training). `failed` are answers, in
-    the order of the tree, that came to nothing: their tool call was refused or failed.
+    the order of the tree, that came to nothing: their tool call was refused or failed. `versions` are the
+    policy versions of the answers, in the same order, each of all of an answer's tokens; () where all are of
+    `policy_version`.
     """
 
     tokens: tuple[int, ...]
@@ -29,3 +31,4 @@ class Sample:
     policy_version: str
     failed: tuple[int, ...] = ()
     scaffold: str = ""
+    versions: tuple[str, ...] = ()

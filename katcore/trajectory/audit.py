@@ -34,10 +34,11 @@ def audit_samples(samples: Iterable[Sample], calls: Mapping[str, list[ModelCall]
         if sample.rollout_id not in left:
             left[sample.rollout_id] = _answers(calls.get(sample.rollout_id, []))
         beginnings = _beginnings(sample)
-        for run in _trained_runs(sample):
+        for number, run in enumerate(_trained_runs(sample)):
             num_tokens += len(run)
+            version = (sample.versions or (sample.policy_version,) * (number + 1))[number]
             try:
-                left[sample.rollout_id].remove(_claimed(sample, beginnings, run))
+                left[sample.rollout_id].remove(_claimed(sample, beginnings, run, version))
             except ValueError:
                 problems.append(
                     f"{sample.rollout_id}: trained tokens {run[0]}..{run[-1]} are no recorded answer"
@@ -97,12 +98,12 @@ def _beginnings(sample: Sample) -> list[int]:
     return hashes
 
 
-def _claimed(sample: Sample, beginnings: list[int], run: list[int]) -> _Answer:
+def _claimed(sample: Sample, beginnings: list[int], run: list[int], version: str) -> _Answer:
     before = sample.parents[run[0]]
     ids = tuple(sample.tokens[at] for at in run)
     logprobs = tuple(sample.logprobs[at] for at in run)
     prompt = beginnings[before] if before >= 0 else _EMPTY
-    return prompt, ids, logprobs, sample.policy_version, sample.origin
+    return prompt, ids, logprobs, version, sample.origin
 
 
 def _trained_runs(sample: Sample) -> list[list[int]]:

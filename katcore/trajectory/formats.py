@@ -71,6 +71,7 @@ def tree_sample(
             number for number, turn in enumerate(tree.answers) if _has_failed(turns, turn, failed)
         ),
         rollout.scaffold,
+        _versions([turns[number].policy_version for number in tree.answers]),
     )
 
 
@@ -156,6 +157,10 @@ def _leaves(parents: Sequence[int]) -> list[int]:
         if parents[at] >= 0:
             leaves[parents[at]] += leaves[at]
     return leaves
+
+
+def _versions(versions: list[str]) -> tuple[str, ...]:
+    return tuple(versions) if len(set(versions)) > 1 else ()
 
 
 def _origin(turns: Sequence[Turn]) -> Origin:

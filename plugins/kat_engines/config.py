@@ -37,8 +37,9 @@ class VllmConfig(BaseModel):
     Without `url` a server is started, on loopback with a key of its own: `python` is the interpreter of the
     environment that has vLLM, by default this one; `dtype`, `tensor_parallel_size` and `seed` are vLLM's;
     `arguments` are further ones of its command line; `startup_timeout_s` is how long it may take to be ready;
-    `takes_weights` lets it take new weights while it runs, by endpoints that every process of this machine
-    can reach, as vLLM guards them with no key.
+    `takes_weights` lets it take new weights while it runs, and `sleeps` give its GPUs' memory back, by
+    endpoints that every process of this machine can reach, as vLLM guards them with no key. With
+    `adapter_rank` it takes adapters of up to that rank, which needs the key. `devices` are its GPUs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,9 @@ class VllmConfig(BaseModel):
     arguments: tuple[str, ...] = ()
     startup_timeout_s: float = 600.0
     takes_weights: bool = False
+    adapter_rank: int = 0
+    sleeps: bool = False
+    devices: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _check_which(self) -> "VllmConfig":
@@ -131,8 +135,11 @@ def _own_server(config: VllmConfig) -> Any:
         config.model,
         module.find_python(config.python),
         (*arguments, *config.arguments),
-        config.takes_weights,
-        config.startup_timeout_s,
+        takes_weights=config.takes_weights,
+        adapter_rank=config.adapter_rank,
+        sleeps=config.sleeps,
+        devices=config.devices,
+        timeout_s=config.startup_timeout_s,
     )
     return module.VllmServer(start)
 

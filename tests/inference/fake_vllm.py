@@ -7,6 +7,8 @@ arguments of the real server that it needs, and ignores the others.
 
 import argparse
 import asyncio
+import copy
+import json
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _KNOWN = {
@@ -60,8 +63,11 @@ class FakeVllm:
         self.trouble: web.Response | None = None
         self.spoil: Callable[[dict[str, Any]], None] = lambda _: None
         self.delay_s = 0.0
+        self.adapters: dict[str, Any] = {}
+        self.awake = {"weights", "kv_cache"}
         self.calls: list[str] = []
         self.num_aborted = 0
+        self.num_running = 0
         self._is_open = asyncio.Event()
         self._is_open.set()
 
@@ -75,6 +81,10 @@ class FakeVllm:
             app.router.add_post("/resume", self._resume)
             app.router.add_post("/collective_rpc", self._collective_rpc)
             app.router.add_post("/reset_prefix_cache", self._reset)
+            app.router.add_post("/sleep", self._sleep)
+            app.router.add_post("/wake_up", self._wake_up)
+            app.router.add_post("/v1/load_lora_adapter", self._load_adapter)
+            app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter)
         return app
 
     @asynccontextmanager
@@ -106,6 +116,7 @@ class FakeVllm:
         cards = [
             {"id": name, "object": "model", "max_model_len": self.context} for name in self.names
         ]
+        cards += [{"id": name, "parent": self.names[0]} for name in self.adapters]
         return web.json_response({"object": "list", "data": cards})
 
     async def _pause(self, request: web.Request) -> web.Response:
@@ -117,12 +128,38 @@ class FakeVllm:
         self._is_open.set()
         return web.json_response({"status": "resumed"})
 
+    async def _sleep(self, request: web.Request) -> web.Response:
+        assert not self.num_running
+        self.awake.clear()
+        if request.query["level"] == "2":
+            self.model = None
+        return web.Response()
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        self.awake |= set(request.query.getall("tags", ["weights", "kv_cache"]))
+        return web.Response()
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if name in self.adapters:
+            return problem(400, f"The lora adapter '{name}' has already been loaded.")
+        if not (folder / "adapter_config.json").exists():
+            return problem(404, f"No adapter found for {folder}", "NotFoundError")
+        self.adapters[name] = _with_adapter(self.model, folder)
+        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        del self.adapters[(await request.json())["lora_name"]]
+        return web.Response(text="Success")
+
     async def _reset(self, _: web.Request) -> web.Response:
         return web.Response()
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         assert body["method"] == "reload_weights"
+        assert "weights" in self.awake
         try:
             self.model = _load(body["kwargs"]["weights_path"])
         except (OSError, ValueError) as error:
@@ -136,7 +173,9 @@ class FakeVllm:
         await self._is_open.wait()
         if unknown := body.keys() - _KNOWN:
             return problem(400, f"no such fields: {unknown}")
-        if body["model"] not in self.names:
+        if len(self.awake) < 2:
+            return problem(503, "The model is sleeping.", "ServiceUnavailableError")
+        if body["model"] not in (*self.names, *self.adapters):
             return problem(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= body.get(name, 0) <= 2:
@@ -152,11 +191,14 @@ class FakeVllm:
                 f"You passed {len(prompt)} input tokens and requested {wanted} output tokens. However, the"
                 f" model's context length is only {self.context} tokens.",
             )
+        self.num_running += 1
         try:
             choice = await self._choice(prompt, wanted, _DEFAULTS | self.defaults | body)
         except asyncio.CancelledError:
             self.num_aborted += 1
             raise
+        finally:
+            self.num_running -= 1
         answer = {"id": "cmpl-1", "object": "text_completion", "choices": [choice]}
         self.spoil(answer)
         return web.json_response(answer)
@@ -217,8 +259,9 @@ class FakeVllm:
     def _draw(
         self, prompt: list[int], ids: list[int], body: dict[str, Any], random: torch.Generator
     ) -> tuple[torch.Tensor, int]:
+        model = self.adapters.get(body["model"], self.model)
         with torch.inference_mode():
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1]
+            logits = model(torch.tensor([prompt + ids])).logits[0, -1]
         raw, logits = logits.clone(), logits.clone()
         seen, repeated = torch.tensor(prompt + ids), body["repetition_penalty"]
         logits[seen] = torch.where(
@@ -249,6 +292,20 @@ def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 def _load(folder: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """The model with a low-rank adapter in the form of `peft` added to its weights."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    made, weights = copy.deepcopy(model), load_file(folder / "adapter_model.safetensors")
+    for name, down in weights.items():
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            up = weights[name.replace("lora_A", "lora_B")]
+            with torch.no_grad():
+                made.get_submodule(module).weight.add_(scale * up @ down)
+    return made
 
 
 async def _serve() -> None:

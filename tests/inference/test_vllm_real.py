@@ -4,7 +4,9 @@ See docs/how-to/serve-with-vllm.md. Elsewhere these tests are not chosen, which 
 """
 
 import asyncio
+import json
 import os
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -266,5 +269,42 @@ async def test_a_server_as_it_comes_is_refused(start: Start) -> None:
     try:
         with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
             await engine.open(lambda _: None)
+    finally:
+        await engine.close()
+
+
+def write_adapter(folder: Path, model: Path) -> Path:
+    """A random adapter of rank 4 in the form of `peft`, and in `merged/` the model with it added in."""
+    random = torch.Generator().manual_seed(5)
+    whole = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    name, weights = "model.layers.0.self_attn.q_proj", {}
+    layer = whole.get_submodule(name)
+    down = torch.randn((4, layer.in_features), generator=random)
+    up = torch.randn((layer.out_features, 4), generator=random)
+    weights[f"base_model.model.{name}.lora_A.weight"] = down
+    weights[f"base_model.model.{name}.lora_B.weight"] = up
+    with torch.no_grad():
+        layer.weight += 2.0 * (up @ down)
+    shutil.copytree(model, folder / "merged")
+    whole.save_pretrained(folder / "merged")
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    return folder
+
+
+async def test_an_adapter_is_swapped_in(start: Start, tmp_path: Path) -> None:
+    server = VllmServer(replace(start, takes_weights=False, adapter_rank=4))
+    engine = VllmEngine(server, ChatTokenizer(start.model))
+    try:
+        ids = engine.encode([Message("user", "one")])
+        before = await engine.generate(asked(ids, temperature=0.0))
+        adapter = write_adapter(tmp_path, start.model)
+        await engine.load_weights(adapter, "7")
+        after = await engine.generate(asked(ids, temperature=0.0))
+        assert (before.policy_version, after.policy_version) == ("0", "7")
+        wanted = logprobs_of(adapter / "merged", ids, after.ids, 1.0)
+        assert after.logprobs == pytest.approx(wanted, abs=2e-3)
+        assert before.ids != after.ids
     finally:
         await engine.close()

@@ -118,6 +118,18 @@ async def test_arguments_stand_above_ours_and_weights_need_a_word(start: Start) 
             replace(start, arguments=given)
 
 
+async def test_what_it_can_do_besides_is_asked_for(start: Start) -> None:
+    plain = start.environment("k")
+    assert not plain.keys() & {"VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE"}
+    able = replace(start, adapter_rank=10, sleeps=True, devices=(2, 3))
+    flags = " ".join(able.command(5))
+    assert "--enable-sleep-mode --enable-lora --max-lora-rank 16 --max-loras 2" in flags
+    given = able.environment("k")
+    assert given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    assert given["VLLM_SERVER_DEV_MODE"] == "1"
+    assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
 async def test_closing_ends_all_of_its_processes(server: VllmServer, start: Start) -> None:
     await server.ready()
     (seen,) = started(start)

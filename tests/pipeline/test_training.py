@@ -149,16 +149,25 @@ run(path, load_training(path, CONFIGS[verb]), Plugins.installed(), show)
 """
 
 
+AHEAD = {"serve": {"placement": "disaggregated", "staleness": 1, "replicas": 2}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["rl", "distill"])
-def test_after_a_kill_the_losses_are_those_that_would_have_been(folder: Path, verb: str) -> None:
-    """No checkpoint was left: all steps are taken again, on the rollouts that are on disk."""
-    config = RL | {"rl": RL_STEPS}
+@pytest.mark.parametrize(
+    ("verb", "serve", "checkpoint_every"),
+    [("rl", {}, 9), ("distill", {}, 9), ("rl", AHEAD, 1), ("distill", AHEAD, 9)],
+)
+def test_after_a_kill_the_losses_are_those_that_would_have_been(
+    folder: Path, verb: str, serve: dict[str, Any], checkpoint_every: int
+) -> None:
+    """Steps since the last checkpoint are taken again, on the rollouts that are on disk."""
+    config = RL | {"rl": RL_STEPS | {"checkpoint_every": checkpoint_every}}
     if verb == "distill":
         shell = AGENT | {"teacher": "base"}
         settings = {"objective": "policy-gradient", "rewards": True, "group": 2, "prompts": 2}
-        config = DISTILL | {"domains": {"shell": shell}, "distill": settings | {"steps": 3}}
-    path = written(folder, verb, config)
+        settings |= {"steps": 3, "checkpoint_every": checkpoint_every}
+        config = DISTILL | {"domains": {"shell": shell}, "distill": settings}
+    path = written(folder, verb, config | serve)
     command = [sys.executable, "-c", CHILD, verb, str(path)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -173,8 +182,14 @@ def test_after_a_kill_the_losses_are_those_that_would_have_been(folder: Path, ve
     )
     assert len(before) == 2
     assert all(before)
-    assert losses[:2] == before
-    assert len(losses) == 3
+    # Killed at the end of the second step, before that was saved.
+    num_saved = 1 if checkpoint_every == 1 else 0
+    assert losses[: 2 - num_saved] == before[num_saved:]
+    assert len(losses) == 3 - num_saved
+    for row in curve(finished.path):
+        assert 0 <= row["staleness_mean"] <= row["staleness_max"] <= (1 if serve else 0)
+        assert 0 <= row["trainer_idle"] <= 1
+        assert 0 <= row["engine_idle"] <= 1
     rollouts = list(read_lines(Rollout, finished.path / "rollouts.jsonl"))
     assert len(rollouts) == len(
         {(one.id.split(".")[0], one.task_id, one.attempt) for one in rollouts}

@@ -86,7 +86,7 @@ _ROLLOUT = Rollout(
 )
 _SAMPLE = Sample(
     (5, 6, 8), (-1, 0, 1), (False, False, True), (0.0, 0.0, -0.125), (1, 1, 1),
-    "r1", "t1", "swe", None, "tokenised", "", (0,), "cline 3.0.65",
+    "r1", "t1", "swe", None, "tokenised", "", (0,), "cline 3.0.65", ("2", "3"),
 )  # fmt: skip
 RECORDS: dict[str, Any] = {"call-1": _CALL, "rollout-1": _ROLLOUT, "sample": _SAMPLE}
 

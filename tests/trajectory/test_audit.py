@@ -13,6 +13,8 @@ from katcore.trajectory.audit import audit_samples
 from katcore.trajectory.formats import tree_sample
 from tests.trajectory.made import Recorder, call, rollout, sessions
 
+VERSIONS = st.sampled_from(["3", "4"])
+
 
 def linear() -> tuple[list[ModelCall], Sample]:
     first = call(0, (1, 2), (3, 4))
@@ -40,6 +42,22 @@ def test_what_the_log_gives_passes(session: Recorder) -> None:
     assert not audit.problems
     assert audit.num_samples == 1
     assert audit.num_trained_tokens == sum(sample.trained)
+
+
+@given(sessions(), st.data())
+def test_each_answer_has_the_version_that_gave_it(session: Recorder, data: st.DataObject) -> None:
+    calls = [
+        replace(one, generation=replace(one.generation, policy_version=data.draw(VERSIONS)))
+        for one in session.calls
+    ]
+    sample = tree_sample(rollout(calls))
+    assume(sample)
+    assert sample
+    assert not problems(sample, calls)
+    if sample.versions:
+        at = data.draw(st.integers(0, len(sample.versions) - 1))
+        altered = replace(sample, versions=changed(sample.versions, at, "9"))
+        assert problems(altered, calls)
 
 
 @given(sessions(), st.data())

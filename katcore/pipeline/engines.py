@@ -1,0 +1,126 @@
+"""The engines that make a training's rollouts, and how new weights come to them: `serve` of the settings."""
+
+import asyncio
+import copy
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from katcore.inference.chat import ChatTokenizer
+from katcore.inference.embedded import EmbeddedEngine
+from katcore.inference.router import Replica, Router
+from katcore.pipeline.rollouts import engine_settings
+from katcore.pipeline.stage import Job
+from katcore.serving import ServeSettings
+from katcore.train.policy import save_policy
+
+HandOver = Callable[[str], Awaitable[None]]
+
+
+class Engines:
+    """One engine over all replicas. `hand_over` gives them the trainer's weights under a version."""
+
+    def __init__(self, engine: Router, hand_over: HandOver, *, is_colocated: bool) -> None:
+        self.engine = engine
+        self.hand_over = hand_over
+        self._is_colocated = is_colocated
+
+    async def make_room(self) -> None:
+        """The trainer is about to step: engines that share its GPUs sleep until they get its weights."""
+        if self._is_colocated:
+            await self.engine.sleep()
+
+
+@asynccontextmanager
+async def open_engines(job: Job, model: Any, start: Path) -> AsyncIterator[Engines]:
+    """The engines of a training of `model`, which began as what is in the folder `start`."""
+    serve = job.preset.serve
+    if serve.engine == "vllm":
+        router, hand_over = _servers(job, model, start)
+    else:
+        router, hand_over = _embedded(job, model, start)
+    try:
+        await router.open(job.progress.say)
+        yield Engines(router, hand_over, is_colocated=serve.placement == "colocated")
+    finally:
+        await router.close()
+
+
+def _embedded(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
+    """Engines in this process, with the trainer's very weights or, disaggregated, with copies."""
+    serve = job.preset.serve
+    is_shared = serve.placement == "colocated"
+    chat = ChatTokenizer(start)
+    router = Router(
+        [
+            EmbeddedEngine(
+                model if is_shared else copy.deepcopy(model),
+                chat,
+                **engine_settings(job) | {"seed": job.seed + number},
+            )
+            for number in range(serve.replicas)
+        ]
+    )
+
+    async def hand_over(version: str) -> None:
+        async def change(engine: EmbeddedEngine) -> None:
+            if is_shared:
+                engine.weights_changed(version)
+            else:
+                await engine.copy_weights(model, version)
+
+        await router.renew(change)
+
+    return router, hand_over
+
+
+def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
+    """Engines on vLLM servers, which read the weights from a folder of the stage's work."""
+    router = Router([_server(job, start, number) for number in range(job.preset.serve.replicas)])
+    root = job.work / "weights"
+
+    async def hand_over(version: str) -> None:
+        folder = root / version
+        await asyncio.to_thread(_write, job, model, folder, start)
+        await router.renew(lambda engine: engine.load_weights(folder, version))
+        for old in root.iterdir():
+            if old != folder:
+                await asyncio.to_thread(shutil.rmtree, old)
+
+    return router, hand_over
+
+
+def _write(job: Job, model: Any, folder: Path, start: Path) -> None:
+    """What servers need of the weights: the adapters, if these alone are trained."""
+    if job.preset.lora:
+        import_module("katcore.train.lora").save_adapter(model, folder)
+    else:
+        save_policy(model, folder, tokenizer=start)
+
+
+def _server(job: Job, start: Path, number: int) -> Replica:
+    serve, lora = job.preset.serve, job.preset.lora
+    options = {"model": start, "context": job.preset.model.context, **serve.options}
+    if serve.urls:
+        options["url"] = serve.urls[number]
+    else:
+        options |= {
+            "tensor_parallel_size": serve.tensor_parallel,
+            "devices": _devices(serve, number),
+            "seed": job.seed + number,
+            "takes_weights": lora is None,
+            "adapter_rank": lora.rank if lora else 0,
+            "sleeps": serve.placement == "colocated",
+        }
+    engine: Replica = job.plugins.make("engine", "vllm", options)
+    return engine
+
+
+def _devices(serve: ServeSettings, number: int) -> tuple[int, ...]:
+    """The GPUs of one replica."""
+    num = serve.tensor_parallel
+    every = serve.devices or tuple(range(serve.replicas * num))
+    return every[number * num : (number + 1) * num]

@@ -1,0 +1,102 @@
+"""The engines of a training: which weights they have, and when."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from katcore.config import LoraSettings, ModelSettings, Preset
+from katcore.inference.chat import ChatTokenizer
+from katcore.inference.embedded import EmbeddedEngine
+from katcore.pipeline.engines import _devices, open_engines
+from katcore.pipeline.plan import Plan, StageSpec
+from katcore.pipeline.progress import Progress
+from katcore.pipeline.stage import Job
+from katcore.plugin import Plugins
+from katcore.serving import ServeSettings
+from katcore.train.prepare import load_trainable
+from tests.inference.fake_vllm import FakeVllm
+from tests.inference.tiny import CONTEXT, request, write_tiny_model
+
+PROMPT = (9, 31, 77)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("start"))
+
+
+def a_job(root: Path, serve: ServeSettings, lora: LoraSettings | None = None) -> Job:
+    spec = StageSpec("rl", "rl")
+    model = ModelSettings(context=CONTEXT)
+    preset = Preset(name="p", summary="", concurrency=4, model=model, serve=serve, lora=lora)
+    progress = Progress(spec, root, Plan(preset, 0, (), {"rl": spec}, {"rl": "k"}))
+    return Job(spec, preset, 0, Plugins.installed(), {}, root, root, progress)
+
+
+async def greedy(model: Any, start: Path) -> tuple[int, ...]:
+    engine = EmbeddedEngine(model, ChatTokenizer(start), num_slots=1, context=CONTEXT)
+    return (await engine.generate(request("s", PROMPT))).ids
+
+
+async def step_and_ask(job: Job, start: Path) -> None:
+    """Two steps of a trainer: what is said after the first hand-over, and after the second."""
+    model = load_trainable(start, job.preset, 0)
+    first = await greedy(model, start)
+    async with open_engines(job, model, start) as engines:
+
+        async def said() -> tuple[set[tuple[int, ...]], set[str]]:
+            made = [await engines.engine.generate(request(f"s{n}", PROMPT)) for n in range(6)]
+            return {one.ids for one in made}, {one.policy_version for one in made}
+
+        await engines.hand_over("0")
+        assert await said() == ({first}, {"0"})
+        await engines.make_room()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora" in name:
+                    weight += 1.0
+                elif name == "model.norm.weight" and not job.preset.lora:
+                    weight *= -1.0
+        if job.preset.serve.placement == "disaggregated":
+            assert await said() == ({first}, {"0"}), "the trainer's step is not seen yet"
+        await engines.hand_over("1")
+        second = await greedy(model, start)
+        assert await said() == ({second}, {"1"})
+        assert first != second
+
+
+@pytest.mark.parametrize("placement", ["colocated", "disaggregated"])
+async def test_embedded_ones_have_the_trainer_s_weights_or_copies(
+    start: Path, tmp_path: Path, placement: Any
+) -> None:
+    serve = ServeSettings(replicas=2, placement=placement)
+    await step_and_ask(a_job(tmp_path, serve), start)
+
+
+async def test_servers_read_them_from_the_work_folder(start: Path, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        fakes = [FakeVllm(start, context=CONTEXT) for _ in range(2)]
+        urls = tuple([await stack.enter_async_context(fake.serving()) for fake in fakes])
+        serve = ServeSettings(engine="vllm", replicas=2, urls=urls, placement="disaggregated")
+        await step_and_ask(a_job(tmp_path, serve), start)
+        assert all("/collective_rpc" in fake.calls for fake in fakes)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["1"]
+
+
+async def test_of_adapters_servers_get_the_adapters(start: Path, tmp_path: Path) -> None:
+    fake = FakeVllm(start, context=CONTEXT)
+    async with fake.serving() as url:
+        serve = ServeSettings(engine="vllm", urls=(url,), placement="disaggregated")
+        await step_and_ask(a_job(tmp_path, serve, LoraSettings(rank=2)), start)
+    assert "/collective_rpc" not in fake.calls
+    assert [name.partition("-")[0] for name in fake.adapters] == ["1"]
+
+
+def test_each_replica_has_its_own_gpus() -> None:
+    serve = ServeSettings(engine="vllm", replicas=2, tensor_parallel=2)
+    assert [_devices(serve, number) for number in range(2)] == [(0, 1), (2, 3)]
+    serve = serve.model_copy(update={"devices": (7, 6, 5, 4)})
+    assert [_devices(serve, number) for number in range(2)] == [(7, 6), (5, 4)]
