@@ -23,7 +23,7 @@ _SHARED_MEMORY_MIB = 64
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is settled when a container is made; two sandboxes of one shape can have each other's."""
+    """What is settled when a container is made."""
 
     image: Built
     memory_mib: int
