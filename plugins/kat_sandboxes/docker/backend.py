@@ -17,6 +17,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kat_sandboxes.docker.config import DockerConfig
 from kat_sandboxes.docker.container import DockerSandbox, Shape
 from kat_sandboxes.docker.engine import MARK, Engine
 from kat_sandboxes.failure import no_room_said
-from kat_sandboxes.zygote import frame
+from kat_sandboxes.zygote import frame, live
 from katcore.config import home
 from katcore.errors import (
     ImageMissingError,
@@ -142,7 +143,8 @@ class DockerBackend:
     async def _enter(self, shape: Shape, spec: SandboxSpec) -> tuple[Started, DockerSandbox]:
         """A new container that serves."""
         started = await self._start(shape, spec.serves)
-        sandbox = DockerSandbox(started.channel, self._engine, started.name)
+        grade = partial(self._grade, started, shape)
+        sandbox = DockerSandbox(started.channel, self._engine, started.name, grade)
         try:
             text = frame.pack(container.hello(shape, spec))
             await asyncio.get_running_loop().sock_sendall(started.channel, text)
@@ -152,6 +154,28 @@ class DockerBackend:
             await self._end(started)
             raise
         return started, sandbox
+
+    async def _grade(self, started: Started, shape: Shape) -> socket.socket:
+        """The channel of the grader of a container, which the engine starts in it."""
+        if not shape.is_live:
+            raise SandboxError("the sandbox was not opened to be judged while it runs")
+        assert self._agent
+        (started.folder / container.GRADER_SOCKET).unlink(missing_ok=True)
+        command = container.connecting(self._agent, container.GRADER_SOCKET)
+        user = f"{live.GRADER}:{live.GRADER}"
+        with contextlib.closing(
+            container.listen(started.folder, container.GRADER_SOCKET)
+        ) as listener:
+            await self._engine.call(self._engine.run_beside, started.name, command, user)
+            while True:
+                channel = await self._accept(listener, started.name)
+                # Whatever runs in the container can connect as well, but not as another user.
+                if container.user_of(channel) != container.user_of(started.channel):
+                    break
+                channel.close()
+        text = frame.pack(container.hello_grader(shape))
+        await asyncio.get_running_loop().sock_sendall(channel, text)
+        return channel
 
     async def _prepare(self) -> None:
         async with self._lock:

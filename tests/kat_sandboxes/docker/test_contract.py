@@ -13,3 +13,4 @@ class TestDocker(SandboxContract):
 
     dockerfile = f"FROM {BASE}\nWORKDIR /work\n"
     has_disk_limit = False
+    has_live = True

@@ -15,3 +15,4 @@ class TestDocker(RedTeam):
     has_pytest = False
     has_fixed_programs = False
     has_disk_limit = False
+    has_live = True
