@@ -86,9 +86,8 @@ async def _processes(sandbox: Sandbox) -> dict[tuple[int, int], str]:
     )
     files: dict[tuple[str, str], list[str]] = {}
     for line in lines:
-        path, _, text = line.partition(
-            ":"
-        )  # a name may have line ends in it; before each, grep says where
+        # A process's name may have line ends in it: before each line, grep says whose it is.
+        path, _, text = line.partition(":")
         pid, _, file = path.removeprefix("/proc/").partition("/")
         files.setdefault((pid, file), []).append(text)
     users = {pid: _user(text) for (pid, file), text in files.items() if file == "status"}

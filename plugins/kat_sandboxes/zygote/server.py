@@ -140,7 +140,7 @@ class Server:
         with contextlib.closing(channel):
             identifier = request["grades"]
             self._end_grader(identifier)
-            target, group = self._open[identifier]
+            target, group = self._open.get(identifier, (0, ""))  # it may have ended meanwhile
             try:
                 kernel.enter_namespaces(target, kernel.NEW_PID)
                 try:
