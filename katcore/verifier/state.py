@@ -19,7 +19,7 @@ _RESET = (
 )
 _RUN = "timeout -k 1 {} bash -c 'source /tests/test.sh' /tests/test.sh"
 """`source` reads the whole file before any of it runs: code under test cannot write on at its end."""
-_LIST = "echo $$; exec grep -s '' /proc/[0-9]*/stat /proc/[0-9]*/status"
+_LIST = r"echo $$; exec grep -sE '^Uid:|^[0-9]|\)' /proc/[0-9]*/stat /proc/[0-9]*/status"
 _PATIENCE_S, _RETRY_S = 1.0, 0.1
 """How long a process may take to die after the tests."""
 _STARTED = 19
