@@ -101,6 +101,30 @@ class SupportsDoor(Protocol):
 
 
 @runtime_checkable
+class SupportsLive(Protocol):
+    """A sandbox that can be judged while it runs, if it was opened with `is_live`.
+
+    From the start, /tests and /logs are folders that only the grader, a user of its own, can read or write.
+    """
+
+    async def settle(self, services: Sequence[str], *, grace_s: float = 0.0) -> tuple[str, ...]:
+        """Kill all processes of the agent's user whose program is none of `services`; what the killed ran.
+
+        They are stopped all at once, so that none can start another meanwhile. First they have `grace_s`
+        seconds to end by themselves.
+        """
+
+    def grader(self) -> AbstractAsyncContextManager[Sandbox]:
+        """The same machine as the grader: its commands, files it reads, and files it writes.
+
+        Processes of the agent's user can neither signal nor trace its own.
+
+        Raises:
+            SandboxError: it cannot be entered, or those folders are not what they were.
+        """
+
+
+@runtime_checkable
 class SupportsSnapshot(Protocol):
     """A sandbox whose files others can start from."""
 
@@ -294,6 +318,8 @@ class Verifier(Protocol):
 
     async def verify(self, task: Task, sandbox: Sandbox, trajectory: Trajectory) -> Verdict:
         """Judge `sandbox`: a fresh machine to which the agent's changes were applied.
+
+        For a task with `services` it is the agent's own, as another user (`SupportsLive`).
 
         Raises:
             VerifierError: nothing can be said; never a reward of 0.

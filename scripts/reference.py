@@ -146,6 +146,7 @@ def red_team() -> str:
     ]
     for trick in TRICKS:
         end = f"flagged: `{trick.flag}`" if trick.flag else "contained"
+        end = f"contained, or {end}" if trick.is_fixed else end
         naive = "yes" if trick.naive else ""
         parts.append(f"| `{trick.name}` | {trick.tries} | {trick.stopped} | {end} | {naive} |\n")
     return "".join(parts)

@@ -6,29 +6,25 @@ scheduler, no ledger.
 """
 
 import asyncio
-import os
 import sys
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from katcore.bench import floor
 from katcore.bench.disk import machine, percentile, scratch
+from katcore.bench.holding import Held, hold, in_turn
 from katcore.errors import BenchError, KatError
 from katcore.plugin import Plugins
-from katcore.protocols import Sandbox, SandboxBackend, SupportsDoor
+from katcore.protocols import Sandbox, SandboxBackend
 from katcore.schema.task import SandboxSpec
 
 DOCKERFILE = "FROM host\nWORKDIR /work\n"
 _COMMAND = ("true",)
-_OPENING = 16
-"""How many are opened at once while many are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +57,6 @@ class Level:
     warm_ms_p50: float
     warm_ms_p95: float
     starts_per_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Many at once: how many live, how many of them answered a command, and what each costs.
-
-    `mib_each` is what the machine had less of available, for each; `seconds_1000` the time to open a thousand
-    at that pace. `why` is what stopped it.
-    """
-
-    alive: int
-    answering: int
-    doors: int
-    mib_each: float
-    seconds: float
-    seconds_1000: float
-    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +146,7 @@ async def _measure(
             step(f"{name}, {concurrency} at once")
             found.levels.append(await _level(backend, spec, concurrency, settings.starts))
         step(f"{name}, {settings.hold} held")
-        return Found(found.levels, await _hold(backend, spec, settings.hold))
+        return Found(found.levels, await hold(name, environment, settings.hold))
     except KatError as error:
         return Found(error=str(error))
     finally:
@@ -192,7 +171,7 @@ async def _level(
         warm.append((time.perf_counter() - asked_s) * 1000)
 
     started_s = time.perf_counter()
-    await _in_turn(one, starts, concurrency)
+    await in_turn(one, starts, concurrency)
     seconds = time.perf_counter() - started_s
     while len(warm) < starts:
         async with AsyncExitStack() as opened:
@@ -206,77 +185,3 @@ async def _level(
     )
     rate = round(starts / seconds, 1)
     return Level(concurrency, cold_p50, cold_p95, warm_p50, warm_p95, rate)
-
-
-async def _in_turn(work: Callable[[], Awaitable[None]], times: int, concurrency: int) -> None:
-    """So many times, so many at once."""
-    left = iter(range(times))
-
-    async def worker() -> None:
-        for _ in left:
-            await work()
-
-    await asyncio.gather(*(worker() for _ in range(concurrency)))
-
-
-async def _hold(backend: SandboxBackend, spec: SandboxSpec, num: int) -> Held:
-    """Open up to `num`, with a door each where there are doors; then ask all of them, and close them."""
-    why: list[str] = []
-    async with AsyncExitStack() as opened:
-        kept: list[Sandbox] = []
-        before = psutil.virtual_memory().available
-        started_s = time.perf_counter()
-        spec = await _with_door(backend, spec)
-
-        async def one() -> None:
-            if why or len(kept) >= num:
-                return
-            try:
-                kept.append(await opened.enter_async_context(backend.open(spec)))
-            except (KatError, OSError) as error:
-                why.append(f"{type(error).__name__}: {error}")
-
-        await _in_turn(one, num, _OPENING)
-        seconds = time.perf_counter() - started_s
-        each = max(0, before - psutil.virtual_memory().available) / max(1, len(kept)) / (1 << 20)
-        doors = sum(_has_door(sandbox, opened) for sandbox in kept)
-        answers = await _ask_all(kept)
-    pace = round(1000 * seconds / max(1, len(kept)), 1)
-    return Held(
-        len(kept), answers, doors, round(each, 3), round(seconds, 2), pace, "".join(why[:1])
-    )
-
-
-async def _with_door(backend: SandboxBackend, spec: SandboxSpec) -> SandboxSpec:
-    async with backend.open(spec) as sandbox:
-        has_door = isinstance(sandbox, SupportsDoor)
-    return SandboxSpec(spec.environment, has_door=has_door)
-
-
-def _has_door(sandbox: Sandbox, opened: AsyncExitStack) -> bool:
-    if not isinstance(sandbox, SupportsDoor):
-        return False
-    door, _ = sandbox.door()
-    opened.callback(door.close)
-    return True
-
-
-async def _ask_all(kept: Sequence[Sandbox]) -> int:
-    """How many answer: each writes a word of its own into its root, and reads it in a process of its own."""
-
-    async def one(number: int, sandbox: Sandbox) -> bool:
-        with suppress(KatError, OSError):
-            await sandbox.write("/root/word", str(number).encode())
-            result = await sandbox.exec(["cat", "/root/word"])
-            return result.stdout == str(number).encode()
-        return False
-
-    waiting = iter(enumerate(kept))
-    answers: list[bool] = []
-
-    async def worker() -> None:
-        for number, sandbox in waiting:
-            answers.append(await one(number, sandbox))
-
-    await asyncio.gather(*(worker() for _ in range(4 * (os.cpu_count() or 1))))
-    return sum(answers)

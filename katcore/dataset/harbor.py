@@ -142,9 +142,10 @@ def read_task(directory: Path) -> Task:
             timeout_s=float(content.get("agent", {}).get("timeout_sec", 60.0)),
             setup=str(environment.get("setup", "")),
             traits={str(key): str(value) for key, value in metadata.get("traits", {}).items()},
-            canaries=_paths(metadata.get("canaries", CANARIES)),
+            canaries=_paths(metadata, "canaries", CANARIES),
             egress=_egress(content),
             allowed_hosts=_hosts(content.get("environment", {}).get("allowed_hosts", ())),
+            services=_paths(metadata, "services", ()) if "services" in metadata else None,
         )
     except (tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as error:
         raise TaskError(f"{directory}/task.toml: {error}") from error
@@ -170,9 +171,10 @@ def _hosts(value: Any) -> tuple[str, ...]:
     return tuple(host.lower() for host in value)
 
 
-def _paths(value: Any) -> tuple[str, ...]:
+def _paths(table: Mapping[str, Any], name: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    value = table.get(name, default)
     if not isinstance(value, list | tuple) or not all(str(path).startswith("/") for path in value):
-        raise TypeError(f"canaries is {value!r}; it has to be a list of absolute paths")
+        raise TypeError(f"{name} is {value!r}; it has to be a list of absolute paths")
     return tuple(value)
 
 

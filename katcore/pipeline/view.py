@@ -155,8 +155,9 @@ def _verdict(rollout: Rollout) -> str:
         f'<p class="flag"><b>flagged: {escape(flag.kind)}</b> {escape(flag.detail)}</p>'
         for flag in verdict.flags
     )
+    live = " <small>live: in the agent's own sandbox</small>" if verdict.is_live else ""
     return (
-        f'<div class="verdict">{mark(rollout.reward)}{reward}{flags}{speech.block(verdict.reason)}'
+        f'<div class="verdict">{mark(rollout.reward)}{reward}{live}{flags}{speech.block(verdict.reason)}'
         f"{f'<ul>{shown}</ul>' if shown else ''}</div>"
     )
 

@@ -17,7 +17,17 @@ from katcore.schema.rollout import Flag, Trajectory, Turn
 
 _TEXT = "#!/bin/bash\n# {word}\necho {word}\n"
 _BLANKS = b" \t\r\n"
-_REMOVE = 'rm -f "$1"; rmdir -p "${1%/*}" 2>/dev/null; true'
+_REMOVE = """word=$1
+shift
+for path; do
+  one= two= three= four=
+  { IFS= read -r one; IFS= read -r two; IFS= read -r three; IFS= read -r four; } 2>/dev/null <"$path"
+  [ "$one|$two|$three|$four" = "#!/bin/bash|# $word|echo $word|" ] || continue
+  rm -f "$path"
+  rmdir -p "${path%/*}" 2>/dev/null
+done
+true"""
+"""The shell reads them itself: a process for that would cost more than all the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +44,8 @@ class Canaries:
 
     async def remove(self, sandbox: Sandbox) -> None:
         """Take out of the grading sandbox what is as it was put there; what the agent wrote is its own."""
-        for path in self.paths:
-            with contextlib.suppress(OSError):
-                if await sandbox.read(path) == self.content:
-                    await sandbox.exec(["sh", "-c", _REMOVE, "sh", path])
+        if self.paths:
+            await sandbox.exec(["sh", "-c", _REMOVE, "sh", self.word, *self.paths])
 
     def flags(self, trajectory: Trajectory, left: bytes) -> tuple[Flag, ...]:
         """Where the word turned up: in the trajectory, or in what was `left`, an uncompressed archive.

@@ -28,6 +28,7 @@ from katcore.protocols import (
 from katcore.proxy.egress import Egress
 from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget, Session, SessionSpec
+from katcore.rollout import live
 from katcore.rollout.canary import Canaries, plant
 from katcore.rollout.prepare import Preparations, set_up
 from katcore.rollout.reaching import Reaching
@@ -125,11 +126,9 @@ async def run_rollout(
     try:
         async with (preparations or Preparations(parts.backend)).of(attempt.task) as task:
             changes = await _work(task, (session, endpoint), parts, progress)
-            await parts.proxy.close(session)
-            if session.failure:
-                raise session.failure
-            progress.enter("verify")
-            await _judge(task, changes, _trajectory(session), parts, progress)
+            if task.services is None:
+                await _close(session, parts, progress)
+                await _judge(task, changes, _trajectory(session), parts, progress)
             progress.enter("end")
     except Exception as error:  # noqa: BLE001 - the one boundary where a failure becomes data
         failure = session.failure or error
@@ -186,15 +185,31 @@ async def _work(
         if not session.num_asked:
             raise ScaffoldError(f"it never asked the model for anything: {progress.exit_reason}")
         progress.enter("changes")
+        if task.services is not None:
+            await live.settle(task, sandbox)
         changes = await sandbox.changes()
         looking = asyncio.to_thread(progress.canaries.flags, _trajectory(session), changes)
         progress.flags = await looking
+        if task.services is not None:
+            await _close(session, parts, progress)
+            await progress.canaries.remove(sandbox)
+            judging = live.judge(task, sandbox, changes, _trajectory(session), parts.verifier)
+            _say(task, await judging, progress)
         return changes
+
+
+async def _close(session: Session, parts: Parts, progress: _Progress) -> None:
+    """The model's part is over."""
+    await parts.proxy.close(session)
+    if session.failure:
+        raise session.failure
+    progress.enter("verify")
 
 
 async def _machine(task: Task, parts: Parts, progress: _Progress) -> SandboxSpec:
     """The task's sandbox, with what the scaffold needs besides."""
-    spec = replace(task.sandbox, has_door=task.egress == "allowlist")
+    is_live = task.services is not None
+    spec = replace(task.sandbox, has_door=task.egress == "allowlist", is_live=is_live)
     if not isinstance(parts.scaffold, RunsInside):
         return spec
     if task.egress == "none":
@@ -264,6 +279,10 @@ async def _judge(
             await sandbox.apply(changes)
         await progress.canaries.remove(sandbox)
         verdict = await parts.verifier.verify(task, sandbox, trajectory)
+    _say(task, verdict, progress)
+
+
+def _say(task: Task, verdict: Verdict, progress: _Progress) -> None:
     if verdict.reward is None:
         raise VerifierError(f"{task.id}: the verifier gave no reward: {verdict.reason}")
     progress.verdict = _flagged(verdict, progress.flags)

@@ -11,13 +11,11 @@ nothing that is taken for finished, and two processes that want the same image b
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import posixpath
 import shlex
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from urllib.parse import quote, unquote
 from katcore.errors import ImageError, ImageMissingError, TaskError
 from katcore.sandbox import history
 from katcore.sandbox.dockerfile import Dockerfile, Step, parse
-from katcore.sandbox.unpack import resolve
+from katcore.sandbox.unpack import unpack_changes
 
 HOST = "host"
 """The parent of all images: the machine's own programs, read-only."""
@@ -101,7 +99,7 @@ class ImageStore:
         """An image and what was changed in a sandbox of it; `drop` removes it."""
         with self._building() as folder:
             top = folder / "layer"
-            _extract(changes, top)
+            unpack_changes(changes, top)
             layer = self._keep(top, key)
         return replace(image, key=key, layers=(layer, *image.layers))
 
@@ -218,7 +216,7 @@ class ImageStore:
                     layers = (self._keep(top, f"{key[:24]}-{step.line}"), *layers)
                     top = folder / f"layer-{step.line}"
                     so_far = Image(key, layers, env, workdir, parent.is_whole)
-                    _extract(run(so_far, step.arguments[0]), top)
+                    unpack_changes(run(so_far, step.arguments[0]), top)
             layers = (self._keep(top, key), *layers)
         return Image(key, layers, env, workdir, parent.is_whole)
 
@@ -236,7 +234,7 @@ class ImageStore:
             )
         with self._building() as folder:
             top = folder / "layer"
-            _extract(run(image, f"exec bash -c {shlex.quote(history.SCRIPT)}"), top)
+            unpack_changes(run(image, f"exec bash -c {shlex.quote(history.SCRIPT)}"), top)
             return replace(
                 image, layers=(self._keep(top, f"{image.key[:24]}-history"), *image.layers)
             )
@@ -308,18 +306,6 @@ def _copy(step: Step, environment: Path, top: Path, workdir: str) -> None:
         _refuse_link(top, file, step)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, file, follow_symlinks=False)
-
-
-def _extract(archive: bytes, top: Path) -> None:
-    top.mkdir(mode=0o755)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            if member.pax_headers.get("KATCORE.deleted"):
-                path = resolve(top, member.name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.mknod(path, 0o020000, os.makedev(0, 0))
-            else:
-                tar.extract(member, top, filter="tar")
 
 
 def read_image(path: Path) -> Image:

@@ -8,16 +8,19 @@ Format: https://github.com/opencontainers/image-spec/blob/main/layer.md.
 """
 
 import contextlib
+import io
 import os
 import posixpath
 import shutil
 import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from katcore.errors import ImageError
 
+_DELETED = "KATCORE.deleted"
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _MOST_LINKS = 40
 _KEPT_MODE = 0o1777
@@ -30,13 +33,46 @@ def unpack_layer(archive: IO[bytes], root: Path) -> None:
         ImageError: it is no archive, is cut off, or holds what no image may.
     """
     written: set[str] = set()
+    with _opened(archive, root) as (tar, members):
+        for member in members:
+            _apply(tar, member, root, written)
+
+
+def unpack_changes(archive: bytes, root: Path) -> None:
+    """Make a new folder of what was changed in a sandbox: a layer, in which what was deleted hides.
+
+    Raises:
+        ImageError: it is no archive, is cut off, or holds what no sandbox can have changed.
+    """
+    root.mkdir(mode=0o755)
+    with _opened(io.BytesIO(archive), root) as (tar, members):
+        for member in members:
+            path = resolve(root, member.name)
+            if path == root or member.issparse():
+                raise ImageError(f"{member.name}: no sandbox says so of its changes")
+            if member.pax_headers.get(_DELETED):
+                _make_folder(path.parent, root)
+                os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+            else:
+                _write(tar, member, path, root)
+
+
+@contextlib.contextmanager
+def _opened(
+    archive: IO[bytes], root: Path
+) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.TarInfo]]]:
+    """An archive and its members; in the end folders get their times. A broken one is an ImageError."""
     times: list[tuple[Path, float]] = []
+
+    def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        for member in tar:
+            yield member
+            if member.isdir():
+                times.append((resolve(root, member.name), member.mtime))
+
     try:
         with tarfile.open(fileobj=archive, mode="r|") as tar:
-            for member in tar:
-                _apply(tar, member, root, written)
-                if member.isdir():
-                    times.append((resolve(root, member.name), member.mtime))
+            yield tar, members(tar)
     except (tarfile.TarError, EOFError, UnicodeError, ValueError) as error:
         raise ImageError(f"a layer is no tar archive, or is cut off: {error}") from error
     for folder, time_s in reversed(times):

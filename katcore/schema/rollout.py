@@ -22,7 +22,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A sign of cheating. `kind` is `canary`, `survivor`, `tests-changed`, or a verifier's own word."""
+    """A sign of cheating.
+
+    `kind` is `canary`, `survivor`, `tests-changed`, `programs`, or a verifier's own word.
+    """
 
     kind: str
     detail: str
@@ -33,12 +36,14 @@ class Verdict:
     """What a verifier says. `reward` is in [0, 1], or None if nothing can be said.
 
     With any of `flags` the reward of a rollout is 0; what it would have been is the metric `unflagged`.
+    `is_live`: given in the agent's own sandbox, not in a fresh one.
     """
 
     reward: float | None
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
+    is_live: bool = False
 
 
 TurnRole = Literal["main", "subagent", "post-compaction", "auxiliary", "discarded"]

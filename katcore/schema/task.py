@@ -16,7 +16,7 @@ class SandboxSpec:
     (`SupportsSnapshot`). `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
     `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
     the rollout, for the ledger and for labels. What git repositories know beyond their HEAD is not in it,
-    unless it `keeps_history`.
+    unless it `keeps_history`. One that `is_live` can be judged while it runs (`SupportsLive`).
     """
 
     environment: Path
@@ -28,6 +28,7 @@ class SandboxSpec:
     serves: str = ""
     snapshot: str = ""
     keeps_history: bool = False
+    is_live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Task:
     shell command that prepares the sandbox, in the WORKDIR, before the agent sees it; what it leaves is there
     in all rollouts of the task, and for the verifier. `canaries` are paths in the sandbox at which no honest
     agent has anything to look for. `egress` is where an agent may go: nowhere (`none`), to its model
-    (`proxy`), or to `allowed_hosts` as well (`allowlist`).
+    (`proxy`), or to `allowed_hosts` as well (`allowlist`). `services` are programs, by path, that go on when
+    the agent has ended, and are judged where they run; None where a fresh sandbox is judged.
     """
 
     id: str
@@ -56,3 +58,4 @@ class Task:
     canaries: tuple[str, ...] = ()
     egress: Egress = "proxy"
     allowed_hosts: tuple[str, ...] = ()
+    services: tuple[str, ...] | None = None

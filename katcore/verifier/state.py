@@ -19,7 +19,7 @@ _RESET = (
 )
 _RUN = "timeout -k 1 {} bash -c 'source /tests/test.sh' /tests/test.sh"
 """`source` reads the whole file before any of it runs: code under test cannot write on at its end."""
-_LIST = "echo $$; exec cat /proc/[0-9]*/stat 2>/dev/null"
+_LIST = r"echo $$; exec grep -sE '^Uid:|^[0-9]|\)' /proc/[0-9]*/stat /proc/[0-9]*/status"
 _PATIENCE_S, _RETRY_S = 1.0, 0.1
 """How long a process may take to die after the tests."""
 _STARTED = 19
@@ -80,18 +80,30 @@ def _tests(folder: Path) -> dict[str, bytes]:
 
 
 async def _processes(sandbox: Sandbox) -> dict[tuple[int, int], str]:
-    """The names of what runs, but for the command that asks, by pid and when it was started."""
+    """The names of what runs as who asks, but for that command, by pid and when it was started."""
     own, *lines = (
         (await sandbox.exec(["sh", "-c", _LIST])).stdout.decode(errors="replace").splitlines()
     )
-    found = {}
+    files: dict[tuple[str, str], list[str]] = {}
     for line in lines:
-        head, _, rest = line.rpartition(") ")
-        pid, _, name = head.partition(" (")
+        # A process's name may have line ends in it: before each line, grep says whose it is.
+        path, _, text = line.partition(":")
+        pid, _, file = path.removeprefix("/proc/").partition("/")
+        files.setdefault((pid, file), []).append(text)
+    users = {pid: _user(text) for (pid, file), text in files.items() if file == "status"}
+    if own not in users:
+        raise VerifierError(f"its processes cannot be seen: {own[:100]}")
+    found = {}
+    for pid in (pid for pid, user in users.items() if user == users[own] and pid != own):
+        head, _, rest = "\n".join(files.get((pid, "stat"), ())).rpartition(") ")
         words = rest.split()
-        if pid != own and len(words) > _STARTED and words[0] not in {"Z", "X"}:
-            found[int(pid), int(words[_STARTED])] = name
+        if len(words) > _STARTED and words[0] not in {"Z", "X"}:
+            found[int(pid), int(words[_STARTED])] = head.partition(" (")[2]
     return found
+
+
+def _user(status: list[str]) -> str:
+    return next((line for line in status if line.startswith("Uid:")), "")
 
 
 async def _survivors(sandbox: Sandbox, before: dict[tuple[int, int], str]) -> list[Flag]:

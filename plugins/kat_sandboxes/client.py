@@ -4,7 +4,8 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from kat_sandboxes import failure
@@ -121,6 +122,23 @@ class ChannelSandbox:
     async def apply(self, changes: bytes) -> None:
         """See `SupportsChanges`."""
         await self._ask("apply", {}, changes)
+
+    async def settle(self, services: Sequence[str], *, grace_s: float = 0.0) -> tuple[str, ...]:
+        """See `SupportsLive`."""
+        head, _ = await self._ask("settle", {"services": list(services), "grace_s": grace_s})
+        return tuple(head["ended"])
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """All processes of the agent's user are stopped meanwhile.
+
+        They could kill a grader that starts, as long as it is not another user's yet.
+        """
+        await self._ask("hold", {})
+        try:
+            yield
+        finally:
+            await self._ask("go_on", {})
 
     def close(self) -> None:
         """Let go of the channel; the machine ends at its end of stream."""

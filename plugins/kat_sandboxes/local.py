@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kat_sandboxes import capacity, host, reap
+from kat_sandboxes import capacity, grading, host, reap
 from kat_sandboxes.client import START_TIMEOUT_S, ChannelSandbox
 from kat_sandboxes.failure import no_room_said
 from katcore.config import home
@@ -65,16 +65,21 @@ class LocalConfig(BaseModel):
 
 
 class LocalSandbox(ChannelSandbox):
-    """A sandbox whose handle is its first process, and whose files others can start from."""
+    """A sandbox whose handle is its first process.
+
+    Its files are what others can start from, and it can be graded while it runs.
+    """
 
     def __init__(
         self,
         channel: socket.socket,
         cause: Callable[[], Awaitable[str]],
         keep: Callable[[bytes], contextlib.AbstractAsyncContextManager[str]],
+        grade: Callable[[socket.socket], Awaitable[None]],
     ) -> None:
         super().__init__(channel, cause)
         self._keep = keep
+        self._grade = grade
         self._machine: Process | None = None
 
     async def ready(self) -> None:
@@ -91,6 +96,21 @@ class LocalSandbox(ChannelSandbox):
         """See `SupportsSnapshot`: a layer on disk, on top of those of its image."""
         async with self._keep(await self.changes()) as name:
             yield name
+
+    @asynccontextmanager
+    async def grader(self) -> AsyncIterator[Sandbox]:
+        """See `SupportsLive`."""
+        with no_room_said():
+            mine, theirs = socket.socketpair()
+        made = ChannelSandbox(mine, self._cause)
+        try:
+            async with self.held():
+                with theirs:
+                    await self._grade(theirs)
+                await made.ready()
+            yield made
+        finally:
+            made.close()
 
 
 class LocalBackend:
@@ -153,6 +173,11 @@ class LocalBackend:
 
     @asynccontextmanager
     async def _open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        if spec.is_live and os.geteuid():
+            raise SandboxUnavailableError(
+                "live grading takes a second user, and an ordinary user's namespaces have one: run as root,"
+                " or use the docker backend"
+            )
         with no_room_said():
             await self._start()
             image = await self._start_image(spec)
@@ -168,17 +193,23 @@ class LocalBackend:
         request = {
             "id": identifier,
             "layers": [*map(str, self._store.folders(image)), self._bases[image.is_whole]],
-            "env": (_PLAIN if image.is_whole else _environment()) | image.env,
+            "env": (_PLAIN if image.is_whole else _environment()) | image.env | _live(spec),
             "workdir": image.workdir,
             "memory_mib": spec.memory_mib,
             "max_processes": spec.max_processes,
             "disk_mib": spec.disk_mib,
             "tools": self._tools(spec),
             "has_door": spec.has_door,
+            "is_live": spec.is_live,
         }
         if image.is_whole:
             request["shared"] = ["/dev"]
-        sandbox = LocalSandbox(mine, lambda: self._end(identifier), partial(self._keep, image))
+        sandbox = LocalSandbox(
+            mine,
+            lambda: self._end(identifier),
+            partial(self._keep, image),
+            partial(self._grade, identifier, spec, image),
+        )
         try:
             with theirs:
                 await self._send(json.dumps(request).encode(), [theirs.fileno()])
@@ -187,6 +218,20 @@ class LocalBackend:
         finally:
             sandbox.close()
             await asyncio.shield(self._end(identifier))
+
+    async def _grade(
+        self, identifier: int, spec: SandboxSpec, image: Image, channel: socket.socket
+    ) -> None:
+        """Have the server start the grader of a sandbox at this end of a channel."""
+        if not spec.is_live:
+            raise SandboxError("the sandbox was not opened to be judged while it runs")
+        request = {
+            "grades": identifier,
+            "env": grading.environment(image.env, on_host=not image.is_whole),
+            "workdir": image.workdir,
+            "disk_mib": spec.disk_mib,
+        }
+        await self._send(json.dumps(request).encode(), [channel.fileno()])
 
     def _tools(self, spec: SandboxSpec) -> str:
         """The scaffold's folder as the server sees it."""
@@ -332,6 +377,11 @@ def _process(pid: int) -> Process:
         return Process.of(pid)
     except ProcessLookupError as error:
         raise SandboxGoneError("the sandbox died as soon as it was there") from error
+
+
+def _live(spec: SandboxSpec) -> dict[str, str]:
+    """Python writes nothing beside an image's modules, where whatever is new is a sign of cheating."""
+    return {"PYTHONDONTWRITEBYTECODE": "1"} if spec.is_live else {}
 
 
 def _environment() -> dict[str, str]:

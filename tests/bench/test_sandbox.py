@@ -1,15 +1,22 @@
 """The benchmark of sandboxes, in small: its figures are there and hang together."""
 
 import json
+import resource
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from katcore.bench import sandbox
+from katcore.bench import holding, sandbox
 from katcore.bench.sandbox import Settings
 from katcore.cli import app
+from katcore.errors import NoCapacityError
 from katcore.plugin import Plugins
+from katcore.protocols import Sandbox
+from katcore.schema.task import SandboxSpec
+from tests.rollout.fakes import FakeSandbox
 
 SMALL = Settings(backends=("local", "nothing"), concurrency=(1, 2), starts=4, hold=3, floor=10)
 
@@ -36,6 +43,35 @@ async def test_each_backend_is_measured_and_one_that_is_not_there_is_said(home: 
     assert "nothing" in found["nothing"]["error"]
     assert len(steps) <= SMALL.num_parts
     assert list((home / "bench").iterdir()) == []
+
+
+@pytest.mark.parametrize("num", [1, 500, 501, 10_000, 100_003])
+def test_no_shard_holds_more_than_its_descriptors_allow(num: int) -> None:
+    parts = holding.shares(num)
+    assert sum(parts) == num
+    assert max(parts) * 4 < resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert max(parts) - min(parts) <= 1
+
+
+async def test_what_stops_the_opening_is_said(home: Path) -> None:
+    class Full:
+        """A backend with room for two."""
+
+        left = 2
+
+        @asynccontextmanager
+        async def open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+            if not self.left:
+                raise NoCapacityError("full")
+            self.left -= 1
+            yield FakeSandbox()
+
+        async def close(self) -> None:
+            pass
+
+    async with AsyncExitStack() as opened:
+        kept, why = await holding.fill(Full(), SandboxSpec(home), 5, 1, opened)
+    assert (len(kept), why) == (2, "NoCapacityError: full")
 
 
 def test_from_the_command_line(home: Path) -> None:

@@ -182,6 +182,21 @@ def test_history_is_kept_by_those_who_say_so_alone(tmp_path: Path) -> None:
         read_task(directory)
 
 
+def test_a_task_that_names_services_is_judged_live(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    assert read_task(directory).services is None
+    path = directory / "task.toml"
+    text = path.read_text()
+    for said, services in (("[]", ()), ("['/usr/sbin/nginx']", ("/usr/sbin/nginx",))):
+        path.write_text(text.replace("[metadata]", f"[metadata]\nservices = {said}", 1))
+        assert read_task(directory).services == services
+    path.write_text(text.replace("[metadata]", "[metadata]\nservices = 'nginx'", 1))
+    with pytest.raises(
+        TaskError, match="services is 'nginx'; it has to be a list of absolute paths"
+    ):
+        read_task(directory)
+
+
 def test_canaries_are_the_task_s_or_the_default(tmp_path: Path) -> None:
     directory = write_task(tmp_path, "train", DRAFT)
     assert read_task(directory).canaries == ("/solution/solve.sh",)

@@ -1,5 +1,6 @@
 """The local backend does what every backend has to; and a fault of a backend is found by the contract."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ class TestLocal(SandboxContract):
     """It offers everything."""
 
     has_snapshot = True
+    has_live = os.geteuid() == 0
 
 
 class Faulty:

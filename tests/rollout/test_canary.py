@@ -1,12 +1,17 @@
 """Canaries: reading one is noticed however it is passed on, and nothing else is."""
 
+import asyncio
 import base64
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from katcore.rollout.canary import Canaries, plant
 from katcore.schema.call import Message, ToolCall
-from katcore.schema.rollout import Flag, Trajectory, Turn
+from katcore.schema.rollout import ExecResult, Flag, Trajectory, Turn
 from tests.rollout.fakes import FakeSandbox
 
 CANARIES = Canaries("kat0123456789abcdef0123456789abcdef", ("/solution/solve.sh",))
@@ -68,9 +73,34 @@ async def test_what_is_there_already_is_left_alone() -> None:
     assert one.word != two.word
 
 
-async def test_what_the_agent_wrote_at_its_place_is_its_own() -> None:
-    for data, is_left in ((CANARIES.content, False), (b"mine", True)):
-        sandbox = FakeSandbox()
-        sandbox.files["/solution/solve.sh"] = data
-        await CANARIES.remove(sandbox)
-        assert bool(sandbox.files) == is_left
+class Shell(FakeSandbox):
+    """Runs commands on this machine."""
+
+    async def exec(self, argv: Sequence[str], **options: Any) -> ExecResult:
+        done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, check=False)
+        return ExecResult(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_left"),
+    [
+        (CANARIES.content, False),
+        (b"mine", True),
+        (b"", True),
+        (CANARIES.content + b"more\n", True),
+        (CANARIES.content + b"more", True),
+        (CANARIES.content.replace(b"\n", b" \n"), True),
+        (CANARIES.content.replace(b"kat", b"cat"), True),
+    ],
+)
+async def test_what_the_agent_wrote_at_its_place_is_its_own(
+    tmp_path: Path, data: bytes, *, is_left: bool
+) -> None:
+    path, gone = tmp_path / "a folder" / "solve.sh", tmp_path / "gone" / "solve.sh"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    (tmp_path / "own").touch()
+    await Canaries(WORD, (str(gone), str(path))).remove(Shell())
+    assert path.exists() == is_left
+    assert path.parent.exists() == is_left, "a folder that was made for it goes with it"
+    assert (tmp_path / "own").exists()

@@ -78,7 +78,7 @@ _ROLLOUT = Rollout(
             ),
         ),
     ),
-    verdict=Verdict(0.5, "half", {"tests": 2.0}, (Flag("canary", "it was read"),)),
+    verdict=Verdict(0.5, "half", {"tests": 2.0}, (Flag("canary", "it was read"),), is_live=True),
     exit_reason="submitted",
     seconds={"agent": 1.5},
     scaffold="claude-code 2.1.330",

@@ -96,6 +96,15 @@ async def test_a_process_that_outlives_the_tests_is_flagged(
     assert verdict == Verdict(1.0, flags=(Flag("survivor", "sleep outlived the tests"),))
 
 
+async def test_a_survivor_is_seen_whatever_its_name(tmp_path: Path, sandbox: Sandbox) -> None:
+    name = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'a) S 1\\n/b 2')"
+    code = f"{name}; time.sleep(600)"
+    script = f'setsid python3 -c "{code}" >/dev/null 2>&1 & sleep 0.5; echo 1 > {REWARD}\n'
+    (flag,) = (await judge(tmp_path, sandbox, script)).flags
+    assert flag.kind == "survivor"
+    assert "a) S 1\n/b 2" in flag.detail
+
+
 async def test_tests_that_are_changed_while_they_run_are_flagged(
     tmp_path: Path, sandbox: Sandbox
 ) -> None:

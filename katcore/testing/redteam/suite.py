@@ -16,7 +16,7 @@ from katcore.schema.call import Sampling
 from katcore.schema.rollout import Outcome, Rollout
 from katcore.schema.task import Task
 from katcore.testing.redteam import scene
-from katcore.testing.redteam.trick import Trick
+from katcore.testing.redteam.trick import REWARD, SERVICE, Trick
 from katcore.testing.redteam.tricks import TRICKS
 from katcore.testing.sandbox.base import Declared
 from katcore.verifier.state import TestScriptConfig, TestScriptVerifier
@@ -91,7 +91,7 @@ class RedTeam(Declared):
         made.close()
 
     def _chosen(self, trick: Trick) -> None:
-        for name in trick.needs:
+        for name in (*trick.needs, *(("has_live",) if trick.is_live else ())):
             if not getattr(self, name):
                 pytest.skip(f"left out by declaration: {name} = False")
 
@@ -100,6 +100,8 @@ class RedTeam(Declared):
         self, backend: SandboxBackend, task: Task, machine: Machine, trick: Trick
     ) -> None:
         self._chosen(trick)
+        if trick.is_live:
+            task = scene.live(task, machine.path.with_name("live"))
         rollout = await _attempt(backend, task, machine, trick)
         said = "\n".join(
             message.content
@@ -112,7 +114,9 @@ class RedTeam(Declared):
         assert scene.MARK not in said
         assert "GOT IT" not in said
         kinds = {flag.kind for flag in rollout.verdict.flags}
-        assert kinds == {trick.flag} - {""}, rollout.verdict
+        is_fixed = trick.is_fixed and self.has_fixed_programs
+        assert kinds == (set() if is_fixed else {trick.flag} - {""}), rollout.verdict
+        assert rollout.verdict.is_live == trick.is_live
         machine.check()
         assert len(said) < 4 * self.output_limit
 
@@ -134,6 +138,26 @@ class RedTeam(Declared):
         naive = "cd /work; python3 -m unittest -q test_calc"
         async with backend.open(task.sandbox) as sandbox:
             assert (await scene.naively(sandbox, (), naive))[1] == "0"
+
+    async def test_an_honest_service_is_judged_where_it_runs(
+        self, backend: SandboxBackend, task: Task, machine: Machine
+    ) -> None:
+        if not self.has_live:
+            pytest.skip("left out by declaration: has_live = False")
+        task = scene.live(task, machine.path.with_name("live"))
+        look = f"cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -q '[/]{SERVICE[1:]} 600'"
+        with (task.directory / "tests" / "test.sh").open("a") as file:
+            file.write(f"({look}) || echo 0 > {REWARD}\n")
+        start = (
+            "cp $(command -v sleep) service; setsid /work/service 600 >/dev/null 2>&1 & sleep 0.2"
+        )
+        for repair, reward in (("sed -i 's/-/+/' calc.py", 1.0), ("true", 0.0)):
+            tried = Trick("", "", "", (repair, start), is_live=True)
+            rollout = await _attempt(backend, task, machine, tried)
+            assert (rollout.reward, rollout.verdict.flags) == (reward, ()), rollout
+            assert rollout.verdict.is_live
+        alone = Trick("", "", "", ("sed -i 's/-/+/' calc.py",), is_live=True)
+        assert (await _attempt(backend, task, machine, alone)).reward == 0.0, "nothing answers"
 
     async def test_the_next_sandbox_knows_nothing_of_a_trick(
         self, backend: SandboxBackend, task: Task, machine: Machine

@@ -1,5 +1,6 @@
 """The known tricks. docs/reference/red-team.md is written from this list."""
 
+from katcore.testing.redteam import live
 from katcore.testing.redteam.trick import PYTEST, REAL, REWARD, UNITTEST, Trick
 
 _HISTORY = "the image's repositories know nothing beyond HEAD"
@@ -203,4 +204,8 @@ TRICKS = (
          f"unshare -m true {_GOT}; mount -t tmpfs x /mnt {_GOT}; mknod n b 254 0 {_GOT}",
          f"chroot / true {_GOT}"),
     ),
+    Trick("preload", "has a library of its own loaded into all programs", "there is no such setting",
+          ("for do in 'cp x' 'ln -sf /work/x' 'mv x'; do echo /work/x.so > x; $do /etc/ld.so.preload; done",
+           f"grep -q x.so /etc/ld.so.preload {_GOT}")),
+    *live.TRICKS,
 )  # fmt: skip

@@ -26,6 +26,7 @@ from katcore.testing.sandbox.files import Files
 from katcore.testing.sandbox.isolation import Isolation
 from katcore.testing.sandbox.lease import Lease
 from katcore.testing.sandbox.limits import Limits
+from katcore.testing.sandbox.live import Live
 from katcore.testing.sandbox.snapshot import Snapshots
 from katcore.testing.sandbox.timing import Timing
 
@@ -33,5 +34,7 @@ __all__ = ["SandboxContract"]
 
 
 @pytest.mark.asyncio(loop_scope="module")
-class SandboxContract(Commands, Timing, Files, Isolation, Limits, Changes, Door, Lease, Snapshots):
+class SandboxContract(
+    Commands, Timing, Files, Isolation, Limits, Changes, Door, Lease, Snapshots, Live
+):
     """All checks. Wants a fixture `backend`, of module scope and in the module's event loop."""

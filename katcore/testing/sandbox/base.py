@@ -36,6 +36,8 @@ class Declared:
     """It is `SupportsReap`, and its sandboxes are `SupportsHandle`."""
     has_snapshot = False
     """Its sandboxes are `SupportsSnapshot`."""
+    has_live = False
+    """Its sandboxes are `SupportsLive`."""
     has_memory_limit = True
     has_process_limit = True
     has_disk_limit = True

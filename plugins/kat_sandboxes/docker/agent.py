@@ -1,4 +1,4 @@
-"""Pid 1 of a container: connects to the backend, hides, and serves. Standard library only.
+"""Pid 1 of a container, and its grader: connects to the backend, hides, and serves. Standard library only.
 
 The engine has taken all capabilities and the network away already; the container's init is this process, so
 that nothing inside can signal or trace it, and what is orphaned inside is reaped.
@@ -34,6 +34,9 @@ def main() -> None:
 def _serve(channel: socket.socket, spec: dict[str, Any]) -> None:
     # Names of users are the image's: looking them up would load its libraries into this process.
     tarfile.pwd = tarfile.grp = None  # type: ignore[attr-defined]
+    if spec["is_grader"]:
+        machine.serve_as_grader(channel, spec)
+        return
     doors = machine.doors(spec)
     machine.limit(spec["disk_mib"])
     machine.lock()

@@ -17,6 +17,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from kat_sandboxes.docker import bundle, container, image
 from kat_sandboxes.docker.config import DockerConfig
 from kat_sandboxes.docker.container import DockerSandbox, Shape
 from kat_sandboxes.docker.engine import MARK, Engine
-from kat_sandboxes.docker.pool import Pool
 from kat_sandboxes.failure import no_room_said
-from kat_sandboxes.zygote import frame
+from kat_sandboxes.zygote import frame, live
 from katcore.config import home
 from katcore.errors import (
     ImageMissingError,
@@ -72,8 +72,6 @@ class DockerBackend:
         self._building: dict[Path, asyncio.Lock] = {}
         self._agent: Path | None = None
         self._num = 0
-        most = int(self.capacity().sandboxes)
-        self._pool: Pool[Shape, Started] = Pool(config.warm, most, self._start, self._end)
         self.has_disk_limit = True
         """Whether the engine's storage can limit it: known after the first sandbox. Each file always is."""
 
@@ -83,7 +81,6 @@ class DockerBackend:
 
     async def close(self) -> None:
         """See `SandboxBackend.close`."""
-        await self._pool.close()
         try:
             if self._agent:
                 await self._engine.call(self._sweep, self._mark)
@@ -144,22 +141,41 @@ class DockerBackend:
             await self._end(started)
 
     async def _enter(self, shape: Shape, spec: SandboxSpec) -> tuple[Started, DockerSandbox]:
-        """A container of this shape that serves: one that waits, or a new one."""
-        while True:
-            waiting = self._pool.take(shape)
-            started = waiting or await self._start(shape, spec.serves)
-            sandbox = DockerSandbox(started.channel, self._engine, started.name)
-            try:
-                text = frame.pack(container.hello(shape, spec))
-                await asyncio.get_running_loop().sock_sendall(started.channel, text)
-                await sandbox.ready()
-            except BaseException as error:
-                sandbox.close()
-                await self._end(started)
-                if waiting is None or not isinstance(error, SandboxError | OSError):
-                    raise
-            else:
-                return started, sandbox
+        """A new container that serves."""
+        started = await self._start(shape, spec.serves)
+        grade = partial(self._grade, started, shape)
+        sandbox = DockerSandbox(started.channel, self._engine, started.name, grade)
+        try:
+            text = frame.pack(container.hello(shape, spec))
+            await asyncio.get_running_loop().sock_sendall(started.channel, text)
+            await sandbox.ready()
+        except BaseException:
+            sandbox.close()
+            await self._end(started)
+            raise
+        return started, sandbox
+
+    async def _grade(self, started: Started, shape: Shape) -> socket.socket:
+        """The channel of the grader of a container, which the engine starts in it."""
+        if not shape.is_live:
+            raise SandboxError("the sandbox was not opened to be judged while it runs")
+        assert self._agent
+        (started.folder / container.GRADER_SOCKET).unlink(missing_ok=True)
+        command = container.connecting(self._agent, container.GRADER_SOCKET)
+        user = f"{live.GRADER}:{live.GRADER}"
+        with contextlib.closing(
+            container.listen(started.folder, container.GRADER_SOCKET)
+        ) as listener:
+            await self._engine.call(self._engine.run_beside, started.name, command, user)
+            while True:
+                channel = await self._accept(listener, started.name)
+                # Whatever runs in the container can connect as well, but not as another user.
+                if container.user_of(channel) != container.user_of(started.channel):
+                    break
+                channel.close()
+        text = frame.pack(container.hello_grader(shape))
+        await asyncio.get_running_loop().sock_sendall(channel, text)
+        return channel
 
     async def _prepare(self) -> None:
         async with self._lock:
@@ -187,7 +203,7 @@ class DockerBackend:
                 image.build, self._engine, spec, self._images, self._mark, network
             )
 
-    async def _start(self, shape: Shape, serves: str = "") -> Started:
+    async def _start(self, shape: Shape, serves: str) -> Started:
         self._num += 1
         name = f"{self._mark}-{self._num}"
         folder = self._home / self._mark / str(self._num)

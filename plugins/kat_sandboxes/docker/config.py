@@ -12,9 +12,8 @@ class DockerConfig(BaseModel):
 
     `url` is the engine's address, by default `$DOCKER_HOST` or Docker's own socket. `runtime` is the engine's
     OCI runtime, by default its default. `cpus` bounds the cores of one sandbox (0: no bound). `network` is
-    what RUN in a Dockerfile has: `default` the engine's, `none` nothing; sandboxes never have one. `warm`
-    started ones are kept ready for each image of late, to open at once (0: none).
-    `images` is where the local backend's image store is, by default in katcore's home.
+    what RUN in a Dockerfile has: `default` the engine's, `none` nothing; sandboxes never have one. `images`
+    is where the local backend's image store is, by default in katcore's home.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +22,6 @@ class DockerConfig(BaseModel):
     runtime: str = ""
     cpus: float = Field(default=0.0, ge=0)
     network: str = "default"
-    warm: int = Field(default=0, ge=0)
     images: Path | None = None
 
 

@@ -4,47 +4,61 @@ import json
 import os
 import shutil
 import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kat_sandboxes import failure
+from kat_sandboxes import failure, grading
 from kat_sandboxes.client import ChannelSandbox
 from kat_sandboxes.docker import bundle
 from kat_sandboxes.docker.engine import Engine, binds
 from kat_sandboxes.docker.image import Built
+from kat_sandboxes.zygote import live
 from katcore.errors import SandboxError, SandboxGoneError
+from katcore.protocols import Sandbox
 from katcore.schema.task import SandboxSpec
 
 _CHANNEL = "/.kat/channel"
-_SOCKET = "socket"
+SOCKET, GRADER_SOCKET = "socket", "grader"
 _SHARED_MEMORY_MIB = 64
+_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is settled when a container is made; two sandboxes of one shape can have each other's."""
+    """What is settled when a container is made."""
 
     image: Built
     memory_mib: int
     max_processes: int
     disk_mib: int
     tools: Path | None
+    is_live: bool
 
     @classmethod
     def of(cls, spec: SandboxSpec, image: Built) -> "Shape":
         """The shape of what a spec asks for."""
         tools = spec.tools.resolve() if spec.tools else None
-        return cls(image, spec.memory_mib, spec.max_processes, spec.disk_mib, tools)
+        return cls(image, spec.memory_mib, spec.max_processes, spec.disk_mib, tools, spec.is_live)
 
 
 class DockerSandbox(ChannelSandbox):
     """A container. Its commands do not pass through the engine, and go on without it."""
 
-    def __init__(self, channel: socket.socket, engine: Engine, name: str) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        engine: Engine,
+        name: str,
+        grade: Callable[[], Awaitable[socket.socket]],
+    ) -> None:
         super().__init__(channel, lambda: cause_of(engine, name))
         self._engine = engine
         self._name = name
+        self._grade = grade
 
     def handle(self) -> str:
         """See `SupportsHandle`: the container's name."""
@@ -58,6 +72,21 @@ class DockerSandbox(ChannelSandbox):
             raise failure.gone(await cause_of(self._engine, self._name), "changes") from error
         return (await self._ask("changes", {}, json.dumps(listed).encode()))[1]
 
+    @asynccontextmanager
+    async def grader(self) -> AsyncIterator[Sandbox]:
+        """See `SupportsLive`."""
+        async with self.held():
+            made = ChannelSandbox(await self._grade(), self._cause)
+            try:
+                await made.ready()
+            except BaseException:
+                made.close()
+                raise
+        try:
+            yield made
+        finally:
+            made.close()
+
 
 async def cause_of(engine: Engine, name: str) -> str:
     """What ended a container: "memory", "killed", or "" if it is not known."""
@@ -67,24 +96,30 @@ async def cause_of(engine: Engine, name: str) -> str:
         return ""
 
 
-def listen(folder: Path) -> socket.socket:
-    """The socket that a container finds in its channel folder, for one connection."""
+def listen(folder: Path, name: str = SOCKET) -> socket.socket:
+    """The socket that a container finds in its channel folder, for one connection at a time."""
     # Whatever user the container's is, it has to get in; nobody else does, since the parent is closed.
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.parent.chmod(0o700)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     folder.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         # By its descriptor: a socket's path has to be short.
-        listener.bind(f"/proc/self/fd/{descriptor}/{_SOCKET}")
+        listener.bind(f"/proc/self/fd/{descriptor}/{name}")
     finally:
         os.close(descriptor)
-    (folder / _SOCKET).chmod(0o666)
+    (folder / name).chmod(0o666)
     listener.listen(1)
     listener.setblocking(False)
     return listener
+
+
+def user_of(channel: socket.socket) -> int:
+    """The user at the other end, as this machine knows it."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
 
 
 def forget(folder: Path) -> None:
@@ -94,21 +129,36 @@ def forget(folder: Path) -> None:
 
 def hello(shape: Shape, spec: SandboxSpec) -> dict[str, Any]:
     """What the agent is told first."""
-    env = dict(item.split("=", 1) for item in shape.image.env if "=" in item)
-    workdir = {"workdir": shape.image.workdir, "disk_mib": shape.disk_mib}
-    return {"env": env, "has_door": spec.has_door, **workdir}
+    env = _environment(shape) | ({"PYTHONDONTWRITEBYTECODE": "1"} if shape.is_live else {})
+    return {"env": env, "has_door": spec.has_door, "is_grader": False, **_place(shape)}
+
+
+def hello_grader(shape: Shape) -> dict[str, Any]:
+    """What the grader's agent is told first."""
+    env = grading.environment(_environment(shape), on_host=shape.image.on_host)
+    return {"env": env, "is_grader": True, **_place(shape)}
+
+
+def _environment(shape: Shape) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in shape.image.env if "=" in item)
+
+
+def _place(shape: Shape) -> dict[str, Any]:
+    return {"workdir": shape.image.workdir, "disk_mib": shape.disk_mib}
 
 
 def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -> dict[str, Any]:
     """ContainerCreate in Docker's API. `mounts`: further folders of the machine by where they are shown."""
     memory = shape.memory_mib << 20
     shown = {bundle.INSIDE: str(agent), _CHANNEL: str(channel), **mounts}
+    # What it names would be loaded into all programs, those of the tests too.
+    shown["/etc/ld.so.preload"] = "/dev/null"
     if shape.tools:
         shown["/opt/scaffold"] = str(shape.tools)
     return {
         "Image": shape.image.tag,
         "Hostname": "sandbox",
-        "Entrypoint": bundle.command(agent, f"{_CHANNEL}/{_SOCKET}"),
+        "Entrypoint": connecting(agent, SOCKET),
         # Of the image's variables, this one would reach into the agent.
         "Env": ["LD_PRELOAD="],
         "Healthcheck": {"Test": ["NONE"]} if shape.image.has_check else None,
@@ -124,5 +174,16 @@ def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -
             "ShmSize": min(_SHARED_MEMORY_MIB, shape.disk_mib) << 20,
             "LogConfig": {"Type": "none"},
             "Mounts": binds(shown),
+            "Tmpfs": _folders(shape) if shape.is_live else {},
         },
     }
+
+
+def connecting(agent: Path, name: str) -> list[str]:
+    """How an agent is started in a container, to connect to this socket."""
+    return bundle.command(agent, f"{_CHANNEL}/{name}")
+
+
+def _folders(shape: Shape) -> dict[str, str]:
+    options = f"mode=0700,uid={live.GRADER},gid={live.GRADER},size={shape.disk_mib}m"
+    return dict.fromkeys(live.FOLDERS, options)

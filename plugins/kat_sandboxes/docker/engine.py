@@ -115,6 +115,11 @@ class Engine:
         """Start a container."""
         self._api().start(name)
 
+    def run_beside(self, name: str, command: list[str], user: str) -> None:
+        """Start a process in a container that runs, as another user, and do not wait for it."""
+        made = self._api().exec_create(name, command, user=user)
+        self._api().exec_start(made["Id"], detach=True)
+
     def is_running(self, name: str) -> bool:
         """Whether it runs."""
         try:

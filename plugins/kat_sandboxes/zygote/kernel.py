@@ -96,11 +96,24 @@ def set_dumpable(*, is_dumpable: bool) -> None:
     _libc.prctl(4, int(is_dumpable), 0, 0, 0)
 
 
-def drop_privileges() -> None:
-    """No capability now or by exec, ever again."""
+def enter_namespaces(pid: int, flags: int) -> None:
+    """Those of another process: setns(2). Of its pid namespace are only the children from then on."""
+    process = _check(_libc.syscall(_PIDFD_OPEN, pid, 0), "pidfd_open")
+    try:
+        _check(_libc.setns(process, flags), "setns")
+    finally:
+        os.close(process)
+
+
+def drop_privileges(user: int = 0) -> None:
+    """No capability now or by exec, ever again; as another user, if one is given."""
     for capability in range(64):
         _libc.prctl(24, capability, 0, 0, 0)
     _libc.prctl(47, 4, 0, 0, 0)
+    if user:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     header = struct.pack("II", 0x20080522, 0)
     _check(_libc.syscall(_CAPSET, header, bytes(24)), "capset")
     _check(_libc.prctl(38, 1, 0, 0, 0), "no_new_privs")

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kat_sandboxes.zygote import files, frame, kernel, seccomp, warm
+from kat_sandboxes.zygote import files, frame, kernel, live, seccomp, warm
 
 OUTPUT_LIMIT = 1 << 20
+_LOOK_S, _PATIENCE_S = 0.005, 10.0
 _FILTER = seccomp.program()
 
 
@@ -39,6 +40,20 @@ def lock() -> None:
     """Hide this process from the sandbox, and deny it and all that it starts the dangerous system calls."""
     kernel.set_dumpable(is_dumpable=False)
     kernel.install_filter(_FILTER)
+
+
+def serve_as_grader(channel: socket.socket, spec: dict[str, Any]) -> None:
+    """Until end of stream, in the sandbox of another process. What it starts, it reaps.
+
+    Raises:
+        PermissionError: its folders are not its own.
+    """
+    kernel.become_subreaper()
+    lock()
+    live.check_folders()
+    served = Machine(channel, spec, lambda _: b"")
+    channel.sendall(frame.pack({"ok": True}))
+    served.serve()
 
 
 @dataclass
@@ -226,6 +241,26 @@ class Machine:
 
     def _do_changes(self, head: dict[str, Any], body: bytes) -> bytes:
         return frame.pack({"ok": True}, self._changes(body))
+
+    def _do_settle(self, head: dict[str, Any], body: bytes) -> bytes:
+        until_s = time.monotonic() + head["grace_s"]
+        while live.strays(head["services"]) and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+            self._reap()
+        ended = live.end(head["services"])
+        until_s = time.monotonic() + _PATIENCE_S
+        while any(map(live.is_alive, ended)) and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+            self._reap()
+        return frame.pack({"ok": True, "ended": sorted(set(ended.values()))})
+
+    def _do_hold(self, head: dict[str, Any], body: bytes) -> bytes:
+        live.hold()
+        return frame.pack({"ok": True})
+
+    def _do_go_on(self, head: dict[str, Any], body: bytes) -> bytes:
+        live.go_on()
+        return frame.pack({"ok": True})
 
     def _do_apply(self, head: dict[str, Any], body: bytes) -> bytes:
         files.apply(body)

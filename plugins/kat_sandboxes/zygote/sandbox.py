@@ -5,7 +5,7 @@ import os
 import socket
 from typing import Any
 
-from kat_sandboxes.zygote import files, frame, kernel, machine, warm
+from kat_sandboxes.zygote import files, frame, kernel, live, machine, warm
 
 _MASKED = (
     "kallsyms", "keys", "key-users", "kpagecgroup", "kpagecount", "kpageflags", "pagetypeinfo", "slabinfo",
@@ -35,9 +35,17 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
     for name in _MASKED:
         if os.path.exists(f"root/proc/{name}"):
             kernel.mount("/dev/null", f"root/proc/{name}", flags=kernel.BIND)
+    kernel.mount("/dev/null", "root/etc/ld.so.preload", flags=kernel.BIND)
+    cache = f"{layers[-1]}/etc/ld.so.cache"
+    if os.path.exists(cache):  # the machine's: its programs are fixed, so what they load is
+        kernel.mount(cache, "root/etc/ld.so.cache", flags=kernel.BIND)
     upper = os.open("upper", os.O_PATH | os.O_DIRECTORY)
     lowers = [os.open(layer, os.O_PATH | os.O_DIRECTORY) for layer in layers]
     kernel.enter_root("root")
+    if spec["is_live"]:
+        for folder in live.FOLDERS:
+            options = f"size={spec['disk_mib']}m,mode=700,uid={live.GRADER},gid={live.GRADER}"
+            kernel.mount("tmpfs", folder, "tmpfs", kernel.NO_SUID | kernel.NO_DEV, options)
     return upper, lowers
 
 
@@ -66,6 +74,24 @@ def run(channel: socket.socket, spec: dict[str, Any]) -> None:
             door.close()
         served.serve()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
+        with contextlib.suppress(OSError):
+            channel.sendall(frame.failed(error))
+    os._exit(0)
+
+
+def grade(channel: socket.socket, spec: dict[str, Any]) -> None:
+    """Serve in the sandbox whose pid namespace this process is in, as the grader. Never returns."""
+    try:
+        low = channel.dup()
+        channel.close()
+        channel = low
+        kernel.enter_namespaces(1, kernel.NEW_NS | kernel.NEW_UTS | kernel.NEW_IPC | kernel.NEW_NET)
+        os.setsid()
+        machine.limit(spec["disk_mib"])
+        kernel.drop_privileges(live.GRADER)
+        kernel.die_with_parent()
+        machine.serve_as_grader(channel, spec)
+    except BaseException as error:  # noqa: BLE001 - as above
         with contextlib.suppress(OSError):
             channel.sendall(frame.failed(error))
     os._exit(0)

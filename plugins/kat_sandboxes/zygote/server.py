@@ -99,6 +99,7 @@ class Server:
         self._settings = settings
         self._groups = groups
         self._open: dict[int, tuple[int, str]] = {}
+        self._graders: dict[int, int] = {}
 
     def serve(self) -> None:
         """Until the backend closes."""
@@ -108,7 +109,8 @@ class Server:
                 return
             request = json.loads(data)
             if descriptors:
-                self._make(request, socket.socket(fileno=descriptors[0]))
+                make = self._grade if "grades" in request else self._make
+                make(request, socket.socket(fileno=descriptors[0]))
             else:
                 self._requests.send(json.dumps({"cause": self._end(request["id"])}).encode())
 
@@ -133,8 +135,36 @@ class Server:
             self._open[request["id"]] = (pid, group)
         channel.close()
 
+    def _grade(self, request: dict[str, Any], channel: socket.socket) -> None:
+        """Start the grader of an open sandbox, in its namespaces."""
+        with contextlib.closing(channel):
+            identifier = request["grades"]
+            self._end_grader(identifier)
+            target, group = self._open.get(identifier, (0, ""))  # it may have ended meanwhile
+            try:
+                kernel.enter_namespaces(target, kernel.NEW_PID)
+                try:
+                    pid = os.fork()
+                    if pid == 0:
+                        self._requests.close()
+                        self._groups.join(group)
+                        sandbox.grade(channel, request)
+                finally:
+                    kernel.enter_namespaces(os.getpid(), kernel.NEW_PID)
+            except OSError as error:
+                channel.sendall(frame.failed(error))
+            else:
+                self._graders[identifier] = pid
+
+    def _end_grader(self, identifier: int) -> None:
+        """Before its sandbox: that ends when all in its pid namespace have been waited for."""
+        if pid := self._graders.pop(identifier, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
     def _end(self, identifier: int) -> str:
         """End a sandbox. What had ended it before: "memory", "killed", or neither."""
+        self._end_grader(identifier)
         pid, group = self._open.pop(identifier, (0, ""))
         if not pid:
             return ""

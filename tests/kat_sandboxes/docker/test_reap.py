@@ -40,8 +40,7 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 async def main():
-    options = {"url": url, "warm": 1}
-    async with open_backend(Plugins.installed(), "docker", options) as backend:
+    async with open_backend(Plugins.installed(), "docker", {"url": url}) as backend:
         if dies_at == "created":
             backend._backend._backend._engine.start = die
         async with backend.open(SandboxSpec(Path(folder))) as sandbox:

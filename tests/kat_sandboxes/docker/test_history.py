@@ -1,36 +1,21 @@
 """Git repositories in an image of an engine: HEAD, what leads up to it, and nothing else."""
 
 import shutil
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from kat_sandboxes.docker.backend import DockerBackend
-from kat_sandboxes.docker.config import DockerConfig
 from katcore.errors import TaskError
 from katcore.schema.task import SandboxSpec
-from tests.kat_sandboxes.engine import BASE, marked
+from tests.kat_sandboxes.engine import BASE
 from tests.kat_sandboxes.machines import environment, output
 from tests.kat_sandboxes.test_history import git
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 _LOG = "git -c safe.directory=/repo log --all --format=%s"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def backend(
-    engine: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[DockerBackend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KATCORE_HOME", str(tmp_path_factory.mktemp("kat")))
-        made = DockerBackend(DockerConfig(url=engine))
-        yield made
-        await made.close()
-        assert marked(engine) == []
 
 
 @pytest.fixture

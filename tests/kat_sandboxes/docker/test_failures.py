@@ -1,15 +1,12 @@
 """What made a container fail is said by the kind of the error."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from kat_sandboxes import client
 from kat_sandboxes.docker.backend import DockerBackend
-from kat_sandboxes.docker.config import DockerConfig
 from kat_sandboxes.docker.engine import Engine
 from katcore.errors import (
     EvictedError,
@@ -26,17 +23,6 @@ from tests.kat_sandboxes.engine import BASE, marked
 from tests.kat_sandboxes.machines import environment, output
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def backend(
-    engine: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[DockerBackend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KATCORE_HOME", str(tmp_path_factory.mktemp("kat")))
-        made = DockerBackend(DockerConfig(url=engine))
-        yield made
-        await made.close()
 
 
 @pytest.fixture
