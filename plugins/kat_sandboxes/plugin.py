@@ -9,8 +9,9 @@ from katcore.protocols import SandboxBackend
 
 @hookimpl
 def katcore_sandboxes() -> Iterable[Offer[Any, SandboxBackend]]:
-    """This machine's namespaces, a container engine, or a cluster."""
+    """This machine's namespaces, a container engine, a cluster, or clouds."""
     from kat_sandboxes.docker.config import DockerConfig, make_docker
+    from kat_sandboxes.harbor.config import HarborConfig, make_harbor
     from kat_sandboxes.kubernetes.config import KubernetesConfig, make_kubernetes
     from kat_sandboxes.local import LocalBackend, LocalConfig
 
@@ -20,3 +21,5 @@ def katcore_sandboxes() -> Iterable[Offer[Any, SandboxBackend]]:
     yield Offer("docker", DockerConfig, make_docker, summary)
     summary = "pods of a Kubernetes cluster; images are built here and pushed to a registry"
     yield Offer("kubernetes", KubernetesConfig, make_kubernetes, summary)
+    summary = "cloud sandboxes by the harbor package (e2b, modal, daytona, ...); Python 3.12"
+    yield Offer("harbor", HarborConfig, make_harbor, summary)

@@ -228,6 +228,8 @@ class Cluster:
             argv = request.query.getall("command")
             found = await self._kubelet.execute(self.pods[name], request.query["container"], argv)
             await _bridge(socket, *found)
+        except OSError:
+            await socket.close()
         finally:
             self._sockets.discard(socket)
         return socket

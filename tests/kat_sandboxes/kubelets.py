@@ -59,8 +59,11 @@ class EngineKubelet:
 
     def _executed(self, name: str, argv: list[str]) -> Any:
         api = client(self._url)
-        made = api.exec_create(name, argv, stdin=True)
-        return api.exec_start(made["Id"], socket=True)
+        try:
+            made = api.exec_create(name, argv, stdin=True)
+            return api.exec_start(made["Id"], socket=True)
+        except APIError as error:
+            raise OSError(str(error)) from error
 
     def _start(self, pod: Json) -> list[str]:
         spec = pod["spec"]

@@ -48,18 +48,37 @@ def ended(pod: dict[str, Any]) -> SandboxError | None:
         return OutOfDiskError(text) if _DISK.search(said) else EvictedError(text)
     if reason == "DeadlineExceeded":
         return SandboxGoneError(f"{text}. The option deadline_s says how long a pod may live")
-    for container, state in _states(pod).items():
-        done = state.get("terminated")
-        if done and container in (SANDBOX, CHANNEL):
-            return _terminated(name, container, done, reason)
-        if done and done.get("exitCode"):
-            return SandboxError(f"the pod {name} could not be prepared: {_last(done)}")
+    if error := _container_ended(name, _states(pod), reason):
+        return error
     if reason in ("NodeLost", "Preempting", "Terminated", "NodeShutdown", "Shutdown"):
         return EvictedError(text)
     if (cause := _disruption(status)) or pod["metadata"].get("deletionTimestamp"):
         return EvictedError(f"the pod {name} is being removed: {cause or 'it was deleted'}")
     if status.get("phase") in ("Failed", "Succeeded"):
         return SandboxGoneError(text)
+    return None
+
+
+def _container_ended(
+    name: str, states: dict[str, dict[str, Any]], reason: str
+) -> SandboxError | None:
+    done = {
+        container: state["terminated"]
+        for container, state in states.items()
+        if "terminated" in state
+    }
+    if SANDBOX in done:
+        return _terminated(name, SANDBOX, done[SANDBOX], reason)
+    # The relay ends by itself after its sandbox, whose own status may come later.
+    if CHANNEL in done and (
+        done[CHANNEL].get("exitCode") or "running" not in states.get(SANDBOX, {})
+    ):
+        return _terminated(name, CHANNEL, done[CHANNEL], reason)
+    for container, state in done.items():
+        if state.get("exitCode"):
+            return SandboxError(
+                f"the pod {name} could not be prepared: {container}: {_last(state)}"
+            )
     return None
 
 
