@@ -14,6 +14,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 from typing import Any
 
 from kat_sandboxes.kubernetes.link import MACHINE, PIECE, Link
@@ -24,6 +25,8 @@ AGENT, TOOLS, SHARED = "/.kat/agent", "/.kat/tools", "/.kat/shared"
 """What the image has, and where a sandbox's share of it is put."""
 _DESCRIPTOR = struct.Struct("i")
 _DOORS = 256
+_WAIT_S, _STEP_S = 8.0, 0.02
+"""How long the backend's stream waits for a relay that is still starting."""
 
 
 def main() -> None:
@@ -45,7 +48,11 @@ def unpack() -> None:
 def pump() -> None:
     """What the backend executes: its standard input and output are the link's stream."""
     control = socket.socket(socket.AF_UNIX)
-    control.connect(CONTROL)
+    until_s = time.monotonic() + _WAIT_S
+    while control.connect_ex(CONTROL):
+        if time.monotonic() > until_s:
+            sys.exit(1)
+        time.sleep(_STEP_S)
 
     def out() -> None:
         while data := control.recv(PIECE):

@@ -15,7 +15,7 @@ from kat_sandboxes.kubernetes.api import Exec, GoneError
 from kat_sandboxes.kubernetes.link import MACHINE, PIECE, Link
 
 Connect = Callable[[], AbstractAsyncContextManager[Exec]]
-_ASK_S, _SILENT_S = 20.0, 75.0
+_GREET_S, _ASK_S, _SILENT_S = 10.0, 20.0, 75.0
 _FIRST_S, _MOST_S = 0.2, 5.0
 _OVER_S = 2.0
 
@@ -88,8 +88,11 @@ class Tunnel:
         serving = asyncio.create_task(self._link.serve(stream))
         began_s = loop.time()
         try:
-            while not (await asyncio.wait([serving], timeout=_ASK_S))[0]:
-                if loop.time() - max(began_s, self._heard_s) > _SILENT_S:
+            while not (
+                await asyncio.wait([serving], timeout=_ASK_S if self._heard_s else _GREET_S)
+            )[0]:
+                limit_s = _SILENT_S if self._heard_s else _GREET_S
+                if loop.time() - max(began_s, self._heard_s) >= limit_s:
                     return
                 self._link.ask()
             serving.result()
