@@ -196,6 +196,18 @@ class SupportsReap(Protocol):
         """
 
 
+@runtime_checkable
+class SupportsManifest(Protocol):
+    """A backend whose sandboxes are objects of a cluster."""
+
+    async def manifest(self, spec: SandboxSpec) -> str:
+        """What it would have the cluster make for a sandbox, as JSON or YAML; nothing is made or built.
+
+        Raises:
+            ConfigError: its options leave open what that is.
+        """
+
+
 class Engine(Protocol):
     """Samples from a model: token ids in, token ids and log-probabilities out."""
 

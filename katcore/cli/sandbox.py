@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from katcore.plugin import Plugins
 
 if TYPE_CHECKING:
     from katcore.sandbox.ledger import Ledger
+    from katcore.schema.task import SandboxSpec
 
 sandbox = typer.Typer(
     no_args_is_help=True, help="Sandboxes on record, and what killed processes left of theirs."
@@ -90,6 +92,40 @@ def kill(
             raise ConfigError("say which: the ids of some sandboxes, or --all")
         num = asyncio.run(reaper.kill(Ledger(), Plugins.installed(), ids or ()))
         say(f"destroyed {num} sandboxes")
+
+
+@sandbox.command()
+def manifest(
+    task: Annotated[Path, typer.Argument(help="A task directory.")],
+    backend: Annotated[str, typer.Option(help="The backend's name.")] = "kubernetes",
+    options: Annotated[str, typer.Option(help="Its options, as a YAML or JSON mapping.")] = "{}",
+) -> None:
+    """Print what a backend would have its cluster make for a task. Nothing is made or built."""
+    import yaml
+
+    from katcore.dataset.harbor import read_task
+    from katcore.protocols import SupportsManifest
+
+    with errors_said():
+        try:
+            given = yaml.safe_load(options)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--options is no YAML: {error}") from error
+        if not isinstance(given, dict):
+            raise ConfigError(
+                "--options has to be a mapping, such as '{registry: registry.test/x}'"
+            )
+        made = Plugins.installed().make("sandbox", backend, given)
+        if not isinstance(made, SupportsManifest):
+            raise ConfigError(f"the sandboxes of {backend!r} are no objects of a cluster")
+        typer.echo(asyncio.run(_manifest(made, read_task(task).sandbox)))
+
+
+async def _manifest(backend: Any, spec: "SandboxSpec") -> str:
+    try:
+        return str(await backend.manifest(spec))
+    finally:
+        await backend.close()
 
 
 def _reap_and_say(ledger: "Ledger", plugins: Plugins) -> None:

@@ -12,6 +12,7 @@ import py_compile
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kat_sandboxes import host
@@ -20,11 +21,13 @@ from katcore.sandbox.image import BUILDING
 
 INSIDE = "/.kat/agent"
 """Where containers see it."""
+_AGENT = "kat_sandboxes.docker.agent"
 _SOURCE = Path(__file__).resolve().parents[2]
 _LIST = """
 import ctypes, json, os, sys
 sys.path.insert(0, sys.argv[1])
-import kat_sandboxes.docker.agent
+for module in sys.argv[2:]:
+    __import__(module)
 files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
 class Loaded(ctypes.Structure):
     _fields_ = [("address", ctypes.c_void_p), ("name", ctypes.c_char_p)]
@@ -41,27 +44,32 @@ json.dump([os.path.dirname(os.__file__), sorted(filter(None, files)), sorted(lib
 
 def command(folder: Path, channel: str) -> list[str]:
     """How a container starts the agent of a bundle."""
+    return python(folder, _AGENT, "main", channel)
+
+
+def python(folder: Path, module: str, function: str, *arguments: str) -> list[str]:
+    """How a container calls a function of a module that is in a bundle."""
     loader = json.loads((folder / "loader.json").read_text())
-    python = f"{INSIDE}/bin/{host.interpreter().name}"
-    start = "from kat_sandboxes.docker.agent import main; main()"
-    loaded = [f"{INSIDE}/lib/{loader}", "--library-path", f"{INSIDE}/lib", python]
-    return [*loaded, "-I", "-S", "-B", "-X", "utf8", "-c", start, channel]
+    program = f"{INSIDE}/bin/{host.interpreter().name}"
+    start = f"from {module} import {function}; {function}()"
+    loaded = [f"{INSIDE}/lib/{loader}", "--library-path", f"{INSIDE}/lib", program]
+    return [*loaded, "-I", "-S", "-B", "-X", "utf8", "-c", start, *arguments]
 
 
-def make(parent: Path, mark: str) -> Path:
-    """The bundle of this interpreter and this agent; made if it is not there.
+def make(parent: Path, mark: str, *modules: str) -> Path:
+    """The bundle of this interpreter and these modules, the agent if none; made if it is not there.
 
     Raises:
         SandboxUnavailableError: the interpreter cannot be taken along.
     """
-    library, modules, libraries = _loaded()
-    target = parent / f"agent-{_hash([str(host.interpreter()), *modules, *libraries])}"
+    library, files, libraries = _loaded(modules or (_AGENT,))
+    target = parent / f"agent-{_hash([str(host.interpreter()), *files, *libraries])}"
     if target.exists():
         return target
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f"{BUILDING}{mark}-") as temporary:
         folder = Path(temporary) / "agent"
-        _write(folder, library, modules, libraries)
+        _write(folder, library, files, libraries)
         folder.chmod(0o755)
         try:
             folder.rename(target)
@@ -71,9 +79,9 @@ def make(parent: Path, mark: str) -> Path:
     return target
 
 
-def _loaded() -> tuple[str, list[str], list[str]]:
+def _loaded(wanted: Sequence[str]) -> tuple[str, list[str], list[str]]:
     listed = subprocess.run(
-        [str(host.interpreter()), "-I", "-S", "-c", _LIST, str(_SOURCE)],
+        [str(host.interpreter()), "-I", "-S", "-c", _LIST, str(_SOURCE), *wanted],
         capture_output=True,
         text=True,
         check=False,

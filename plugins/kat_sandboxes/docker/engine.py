@@ -177,8 +177,19 @@ class Engine:
 
     def tag(self, tag: str, new: str) -> None:
         """Give an image one more name."""
-        repository, _, version = new.partition(":")
+        repository, _, version = new.rpartition(":")
         self._api().tag(tag, repository, version)
+
+    def push(self, tag: str) -> None:
+        """Send an image to the registry that its name begins with. Docker knows the credentials.
+
+        Raises:
+            ImageMissingError: the registry does not take it.
+        """
+        repository, _, version = tag.rpartition(":")
+        for line in self._api().push(repository, version, stream=True, decode=True):
+            if "error" in line:
+                raise ImageMissingError(f"{tag} cannot be pushed: {line['error']}")
 
     def marked(self, mark: str) -> list[str]:
         """The ids of all containers with a mark, whatever state they are in."""

@@ -1,0 +1,1 @@
+"""The `harbor` backend: cloud sandboxes of any provider that the `harbor` package speaks to."""
