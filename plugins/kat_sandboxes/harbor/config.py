@@ -1,6 +1,5 @@
 """Options of the harbor backend, and how it is made: the package is imported only then."""
 
-import importlib.util
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,11 +28,14 @@ class HarborConfig(BaseModel):
 
 def make_harbor(config: HarborConfig) -> SandboxBackend:
     """A backend; the provider is not asked before the first sandbox."""
-    if importlib.util.find_spec("harbor") is None:
-        raise SandboxUnavailableError(
-            "the harbor backend needs Python 3.12 and the package harbor: pip install 'katcore[harbor]'"
-        )
     from kat_sandboxes.harbor.backend import HarborBackend  # noqa: PLC0415
     from kat_sandboxes.harbor.provider import environments  # noqa: PLC0415
 
-    return HarborBackend(environments(config), config.start_s)
+    try:
+        found = environments(config)
+    except ImportError as error:
+        raise SandboxUnavailableError(
+            "the harbor backend needs Python 3.12 and the package harbor with all that it needs:"
+            f" pip install 'katcore[harbor]' ({error})"
+        ) from error
+    return HarborBackend(found, config.start_s)

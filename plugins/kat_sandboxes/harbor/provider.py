@@ -59,11 +59,11 @@ def environments(config: HarborConfig) -> Environments:
 class _Harbor:
     def __init__(self, config: HarborConfig) -> None:
         self._config = config
-        self._folder = Path(tempfile.mkdtemp(prefix="katcore-harbor-"))
         self._types: Any = importlib.import_module("harbor.models.environment_type")
         self._task: Any = importlib.import_module("harbor.models.task.config")
         self._paths: Any = importlib.import_module("harbor.models.trial.paths")
         self._factory: Any = importlib.import_module("harbor.environments.factory")
+        self._folder = Path(tempfile.mkdtemp(prefix="katcore-harbor-"))
 
     def make(self, spec: SandboxSpec, session: str) -> Environment:
         """See `Environments.make`."""
