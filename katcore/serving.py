@@ -12,7 +12,8 @@ class ServeSettings(Settings):
 
     `embedded` samples in the trainer's process; `vllm` starts `replicas` servers of `tensor_parallel` GPUs
     each, or uses those at `urls`. `devices` are the GPUs of all replicas in turn, as CUDA numbers them;
-    without it, the first ones. `options` are further options of the engine `vllm`, such as `python`.
+    without it, the first ones that are not the trainer's. `options` are further options of the engine
+    `vllm`, such as `python`.
     `placement: colocated` shares weights (embedded) or GPUs (vllm) with the trainer: the engine sleeps while
     the trainer steps. `disaggregated` has its own, and need not wait: with `staleness` the rollouts of a step
     may begin that many steps before it, and their tokens are of weights at most so much older.
@@ -51,6 +52,13 @@ class ServeSettings(Settings):
                 f" ones, found {list(self.devices)}"
             )
         return self
+
+    def devices_of(self, number: int, num_trained_on: int) -> tuple[int, ...]:
+        """The GPUs of one replica, on a machine of which the trainer has so many, the first ones."""
+        num = self.tensor_parallel
+        first = 0 if self.placement == "colocated" else num_trained_on
+        every = self.devices or tuple(range(first, first + self.replicas * num))
+        return every[number * num : (number + 1) * num]
 
     def _check_unset(self, *names: str, where: str) -> None:
         for name in names:

@@ -98,8 +98,9 @@ class ScaleSettings(Settings):
     kept once rather than by each process: 1 the optimizer's state, 2 gradients, too, 3 the weights of layers,
     too. `offload` puts the optimizer's state into main memory, with zero 1 and 2; with 3 it is not there yet.
     `precision` is that of passes: with bfloat16 the optimizer keeps float32 weights all the same.
-    `recompute` keeps the inputs of layers only, and computes the rest again on the way back. `gpu` is what
-    the settings are for, such as `80GiB` or `H100`: `kat train --dry-run` checks them against it.
+    `recompute` keeps the inputs of layers only, and computes the rest again on the way back. `device` is what
+    the models of training, and engines in its process, are on; with `cuda` each process has a GPU. `gpu` is
+    what the settings are for, such as `80GiB` or `H100`: `kat train --dry-run` checks them against it.
     """
 
     processes: int = Field(default=1, ge=1)
@@ -108,12 +109,18 @@ class ScaleSettings(Settings):
     offload: Literal["none", "optimizer", "all"] = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
     gpu: str = ""
 
     @property
     def world(self) -> int:
         """All processes."""
         return self.processes * self.nodes
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs training has on each machine."""
+        return self.processes if self.device == "cuda" else 0
 
     @model_validator(mode="after")
     def _check_offload(self) -> "ScaleSettings":

@@ -22,18 +22,20 @@ class Slot:
 class SlotCache:
     """Keys and values of all layers, (slots, heads, context + 1, head size); the last place is a bin.
 
+    They are numbers as `like` has them, where that is.
+
     Passed to the model as its `past_key_values`; `select` says beforehand which slots and places the next
     forward pass reads and writes.
     """
 
-    def __init__(self, config: Any, *, num_slots: int, context: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, *, num_slots: int, context: int, like: Tensor) -> None:
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_slots, heads, context + 1, size)
         layers = config.num_hidden_layers
         self.context = context
-        self._keys = [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
-        self._values = [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
+        self._keys = [like.new_zeros(shape) for _ in range(layers)]
+        self._values = [like.new_zeros(shape) for _ in range(layers)]
         self._slots_B = torch.zeros(1, dtype=torch.long)
         self._places_BQ = torch.zeros(1, 1, dtype=torch.long)
         self._length = 0
@@ -41,7 +43,7 @@ class SlotCache:
 
     def select(self, slots: Sequence[int], places_BQ: Tensor, length: int) -> None:
         """The next pass writes `places_BQ` of `slots`, and reads their first `length` places."""
-        self._slots_B = torch.tensor(slots)
+        self._slots_B = torch.tensor(slots, device=places_BQ.device)
         self._places_BQ = places_BQ
         self._length = length
         self._is_prefix = list(slots) == list(range(len(slots)))

@@ -67,7 +67,7 @@ class EmbeddedEngine:
         self._chat = chat
         self._context = context
         self._cache = SlotCache(
-            model.config, num_slots=num_slots, context=context, dtype=model.dtype
+            model.config, num_slots=num_slots, context=context, like=model.lm_head.weight
         )
         self._slots = [Slot(number) for number in range(num_slots)]
         self._clock = itertools.count(1)
@@ -226,9 +226,11 @@ class EmbeddedEngine:
     def _forward(
         self, slots: Sequence[int], ids_BQ: Tensor, places_BQ: Tensor, length: int, last_B: Tensor
     ) -> Tensor:
+        place = self._model.device
+        ids_BQ, places_BQ = ids_BQ.to(place), places_BQ.to(place)
         self._cache.select(slots, places_BQ, length)
-        seen_BQK = torch.arange(length) <= places_BQ[:, :, None]
-        mask = torch.zeros(seen_BQK.shape, dtype=self._model.dtype)
+        seen_BQK = torch.arange(length, device=place) <= places_BQ[:, :, None]
+        mask = torch.zeros(seen_BQK.shape, dtype=self._model.dtype, device=place)
         mask.masked_fill_(~seen_BQK, torch.finfo(self._model.dtype).min)
         hidden_BQD = self._model.model(
             input_ids=ids_BQ,
@@ -238,7 +240,7 @@ class EmbeddedEngine:
             use_cache=True,
         ).last_hidden_state
         hidden_BD = hidden_BQD[torch.arange(len(last_B)), last_B]
-        return self._model.lm_head(hidden_BD).float()  # type: ignore[no-any-return]
+        return self._model.lm_head(hidden_BD).float().cpu()  # type: ignore[no-any-return]
 
     def _sample(self, batch: list[_Active], logits_BV: Tensor) -> tuple[list[int], list[float]]:
         temperatures = torch.tensor([item.request.sampling.temperature for item in batch])
@@ -301,14 +303,21 @@ class EmbeddedEngine:
 
 
 def open_engine(
-    folder: Path, *, num_slots: int = 64, context: int = 1024, seed: int = 0
+    folder: Path,
+    *,
+    num_slots: int = 64,
+    context: int = 1024,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> EmbeddedEngine:
     """An engine over the model of a folder, in float32."""
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     chat = ChatTokenizer(folder)
-    return EmbeddedEngine(model.eval(), chat, num_slots=num_slots, context=context, seed=seed)
+    return EmbeddedEngine(
+        model.eval().to(device), chat, num_slots=num_slots, context=context, seed=seed
+    )
 
 
 def _copy(source: Any, target: Any) -> None:

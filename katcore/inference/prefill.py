@@ -87,14 +87,15 @@ def score(model: Any, requests: Sequence[ScoreRequest]) -> list[tuple[float, ...
     later_TT = torch.ones(length, length, dtype=torch.bool).triu(1)
     mask_TT = torch.zeros(length, length, dtype=model.dtype)
     mask_TT.masked_fill_(later_TT, torch.finfo(model.dtype).min)
+    place = model.device
     with torch.inference_mode():
         hidden_BTD = model.model(
-            input_ids=ids_BT,
-            position_ids=torch.arange(length).expand(len(requests), length),
-            attention_mask=mask_TT.expand(len(requests), 1, length, length),
+            input_ids=ids_BT.to(place),
+            position_ids=torch.arange(length, device=place).expand(len(requests), length),
+            attention_mask=mask_TT.to(place).expand(len(requests), 1, length, length),
             use_cache=False,
         ).last_hidden_state
-        logits_NV = model.lm_head(hidden_BTD[rows_N, places_N - 1]).float() / heat_N[:, None]
+        logits_NV = model.lm_head(hidden_BTD[rows_N, places_N - 1]).float().cpu() / heat_N[:, None]
         chosen_N = logits_NV.gather(1, ids_BT[rows_N, places_N][:, None])[:, 0]
         found = iter((chosen_N - logits_NV.logsumexp(1)).tolist())
     return [tuple(next(found) for _ in request.places) for request in requests]

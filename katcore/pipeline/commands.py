@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 
 from katcore.config import Preset
 from katcore.inference.vllm_server import HOST, Start
-from katcore.serving import ServeSettings
 from katcore.settings import ScaleSettings
 
 MEET_AT = "HOST:29500"
@@ -83,12 +82,5 @@ def _start(preset: Preset, number: int) -> Start:
         takes_weights=lora is None,
         adapter_rank=lora.rank if lora else 0,
         sleeps=serve.placement == "colocated",
-        devices=() if serve.urls else devices_of(serve, number),
+        devices=() if serve.urls else serve.devices_of(number, preset.scale.gpus),
     )
-
-
-def devices_of(serve: ServeSettings, number: int) -> tuple[int, ...]:
-    """The GPUs of one replica."""
-    num = serve.tensor_parallel
-    every = serve.devices or tuple(range(serve.replicas * num))
-    return every[number * num : (number + 1) * num]

@@ -280,7 +280,7 @@ def _shape(settings: DistillSettings) -> Divergence:
 
 def _teacher(domain: Domain, student: Any) -> Any:
     """The model of a domain's teacher. Some families pad their vocabularies to different sizes."""
-    model = load_policy(domain.model)
+    model = load_policy(domain.model).to(student.device)
     sizes = (model.config.vocab_size, student.config.vocab_size)
     if sizes[0] != sizes[1]:
         raise StageError(

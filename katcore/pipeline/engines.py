@@ -14,7 +14,6 @@ from katcore.inference.embedded import EmbeddedEngine
 from katcore.inference.router import Replica, Router
 from katcore.pipeline.rollouts import engine_settings
 from katcore.pipeline.stage import Job
-from katcore.serving import ServeSettings
 from katcore.train.policy import save_policy
 
 HandOver = Callable[[str], Awaitable[None]]
@@ -109,7 +108,7 @@ def _server(job: Job, start: Path, number: int) -> Replica:
     else:
         options |= {
             "tensor_parallel_size": serve.tensor_parallel,
-            "devices": _devices(serve, number),
+            "devices": serve.devices_of(number, job.preset.scale.gpus),
             "seed": job.seed + number,
             "takes_weights": lora is None,
             "adapter_rank": lora.rank if lora else 0,
@@ -117,10 +116,3 @@ def _server(job: Job, start: Path, number: int) -> Replica:
         }
     engine: Replica = job.plugins.make("engine", "vllm", options)
     return engine
-
-
-def _devices(serve: ServeSettings, number: int) -> tuple[int, ...]:
-    """The GPUs of one replica."""
-    num = serve.tensor_parallel
-    every = serve.devices or tuple(range(serve.replicas * num))
-    return every[number * num : (number + 1) * num]

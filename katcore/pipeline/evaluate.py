@@ -12,6 +12,7 @@ from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.task import Task
+from katcore.train import ranks
 from katcore.train.policy import limit_threads
 
 
@@ -48,7 +49,9 @@ async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
     num = 0
     async with open_rollouts(job) as rollouts:
         for column, folder in models.items():
-            engine = open_engine(folder, **engine_settings(job))
+            engine = open_engine(
+                folder, **engine_settings(job), device=ranks.device(job.preset.scale.device)
+            )
             for (mode, name), chosen in tasks.items():
                 if not _counts(job, column, name):
                     continue

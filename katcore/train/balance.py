@@ -18,7 +18,7 @@ def masses(router_logits: Sequence[Tensor], counts_P: Tensor, top_k: int) -> tup
     """
     chosen_E = mass_E = router_logits[0].new_zeros(router_logits[0].shape[-1])
     for logits_PE in router_logits:
-        count_P1 = counts_P[:, None].to(logits_PE.dtype)
+        count_P1 = counts_P[:, None].to(logits_PE)
         probs_PE = logits_PE.softmax(-1)
         is_chosen_PE = torch.zeros_like(probs_PE).scatter(1, probs_PE.topk(top_k).indices, 1.0)
         chosen_E = chosen_E + (count_P1 * is_chosen_PE).sum(0)

@@ -173,7 +173,7 @@ class Distillation(TokenMean):
         student_MV, teacher_MV = logits_MV.log_softmax(1), taught_MV.log_softmax(1)
         found: Terms = {}
         if shape.kind == "policy-gradient":
-            at_M1 = targets_M[:, None]
+            at_M1 = targets_M[:, None].to(logits_MV.device)
             found["logprob"] = student_MV.gather(1, at_M1)[:, 0]
             found["taught"] = teacher_MV.gather(1, at_M1)[:, 0]
         elif shape.kind == "top-k" and shape.k < student_MV.shape[1]:

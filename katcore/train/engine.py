@@ -133,7 +133,9 @@ class _Given:
         self.loss, grad_ND = head.backward(
             engine.model, hidden_ND, batch, [sample], objective, weight
         )
-        self._grad_TD = torch.zeros_like(hidden_TD).index_add(0, batch.at_N, grad_ND)
+        self._grad_TD = torch.zeros_like(hidden_TD).index_add(
+            0, batch.at_N.to(hidden_TD.device), grad_ND
+        )
         if engine.balance:
             share = engine.balance * objective.weight([sample], engine.weighting) / weight
             chosen_E, mass_E = engine.masses(found, batch.counts_P)

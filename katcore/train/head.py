@@ -49,13 +49,13 @@ def backward(
 
 
 def logprobs(model: Any, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    """Log pi(target) after temperature, (N,), without gradients."""
+    """Log pi(target) after temperature, (N,), on the CPU and without gradients."""
     with torch.no_grad():
         parts = [
             token_logprobs(logits_of(model, hidden_ND[chosen_M]), targets_N[chosen_M], temperature)
             for chosen_M in _chunks(model, hidden_ND)
         ]
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def _twice(
@@ -63,7 +63,7 @@ def _twice(
 ) -> float:
     with torch.no_grad():
         parts = [loss.terms(logits_of(model, hidden_ND[chosen_M]), chosen_M) for chosen_M in chunks]
-    terms: Terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    terms: Terms = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     for values_N in terms.values():
         if values_N.is_floating_point():
             values_N.requires_grad_()
@@ -72,7 +72,7 @@ def _twice(
     for chosen_M in chunks:
         again = loss.terms(logits_of(model, hidden_ND[chosen_M]), chosen_M)
         learnt = [
-            (value_M, grad_N[chosen_M])
+            (value_M, grad_N[chosen_M].to(value_M.device))
             for name, value_M in again.items()
             if value_M.requires_grad and (grad_N := terms[name].grad) is not None
         ]

@@ -42,7 +42,7 @@ class Lockstep:
             hidden = self._open.pop()
             hidden.backward(torch.zeros_like(hidden))  # type: ignore[no-untyped-call]
             return
-        ids = torch.zeros((1, 1), dtype=torch.long)
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
         with torch.set_grad_enabled(way == "forward"):
             found = self._model(input_ids=ids, use_cache=False).last_hidden_state
         if way == "forward":

@@ -35,7 +35,7 @@ class Loss(NamedTuple):
     terms: Callable[[Tensor, Tensor], Terms]
     """From logits_MV and chosen_M: what the loss has to know of these M of the N trained tokens."""
     total: Callable[[Terms], Tensor]
-    """From the terms of all tokens, in order: the weighted sum."""
+    """From the terms of all tokens, in order: the weighted sum. They are on the CPU."""
 
 
 class Objective(Protocol):
@@ -54,7 +54,8 @@ class Objective(Protocol):
     def __call__(self, logits_NV: Tensor, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """The weighted sum of the losses, from all logits at once."""
         loss = self.on(batch, samples)
-        return loss.total(loss.terms(logits_NV, torch.arange(len(logits_NV))))
+        terms = loss.terms(logits_NV, torch.arange(len(logits_NV)))
+        return loss.total({name: value_N.cpu() for name, value_N in terms.items()})
 
 
 def is_separable(objective: Objective) -> bool:
@@ -65,7 +66,7 @@ def is_separable(objective: Objective) -> bool:
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
     """Log pi(target) after temperature, (N,)."""
     scaled_NV = logits_NV / temperature
-    chosen_N = scaled_NV.gather(1, targets_N[:, None])[:, 0]
+    chosen_N = scaled_NV.gather(1, targets_N[:, None].to(logits_NV.device))[:, 0]
     return chosen_N - scaled_NV.logsumexp(1)
 
 

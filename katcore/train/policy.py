@@ -124,13 +124,15 @@ def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **optio
     """What the layers below the vocabulary projection give, as transformers says it."""
     if together := lockstep.of(model):
         together.turn("forward" if torch.is_grad_enabled() else "look")
+    place = model.device
+    ids_BT, positions_BT = ids_BT.to(place), positions_BT.to(place)
     if isinstance(mask, TreeMask):
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         options |= {"tree": mask, "attention_mask": PREPARED, "position_ids": positions_BT}
     elif mask is not None:
         options |= {
-            "attention_mask": additive(mask[:, None], model.dtype),
+            "attention_mask": additive(mask[:, None].to(place), model.dtype),
             "position_ids": positions_BT,
         }
     return model.base_model(input_ids=ids_BT, use_cache=False, **options)
@@ -155,4 +157,6 @@ def logits_of(model: Any, hidden_ND: Tensor) -> Tensor:
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as what is added to attention scores: 0 where True, the lowest number elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )

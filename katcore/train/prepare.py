@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from katcore.config import Preset
 from katcore.errors import ConfigError
+from katcore.train import ranks
 from katcore.train.policy import load_policy
 
 
@@ -18,6 +19,7 @@ def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     model = load_policy(folder)
     if preset.lora:
         import_module("katcore.train.lora").add_adapters(model, preset.lora, seed)
+    model.to(ranks.device(preset.scale.device))
     if preset.scale.recompute and preset.scale.zero < 3:  # which does so anyway
         recompute(model)
     if preset.scale.precision == "bfloat16":

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from katcore.config import rank_of_process
+from katcore.errors import ConfigError
 from katcore.schema.sample import Sample
 from katcore.train.forest import depths
 
@@ -28,12 +29,31 @@ def join() -> None:
     found = rank_of_process()
     if found is None or dist.is_initialized():
         return
-    kind = "nccl" if torch.cuda.is_available() else "gloo"
+    kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     options: dict[str, Any] = {}
     if found.meet_at:
         options = {"init_method": f"file://{found.meet_at}", "rank": found.rank}
         options["world_size"] = found.world
     dist.init_process_group(kind, timeout=_WAIT, **options)
+
+
+def device(kind: str) -> torch.device:
+    """What this process computes on: `cpu`, or, of a machine's GPUs (`cuda`), the one of its number.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not (num := torch.cuda.device_count()):
+        raise ConfigError(
+            f"scale.device: cuda, but torch {torch.__version__} sees no GPU here; set device: cpu, or see"
+            " whether nvidia-smi lists one and torch is a build for CUDA"
+        )
+    found = rank_of_process()
+    own = torch.device("cuda", (found.rank if found else 0) % num)
+    torch.cuda.set_device(own)
+    return own
 
 
 def leave() -> None:

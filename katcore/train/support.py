@@ -64,7 +64,10 @@ def refusal(model: Any) -> str:
 
 @torch.no_grad()
 def _tried(model: Any) -> str:
-    ids_T = torch.arange(1, 1 + len(_PARENTS)) % model.config.get_text_config().vocab_size
+    ids_T = (
+        torch.arange(1, 1 + len(_PARENTS), device=model.device)
+        % model.config.get_text_config().vocab_size
+    )
     index_BT = torch.tensor(_BRANCHES)
     wanted: Tensor = model(input_ids=ids_T[index_BT], use_cache=False).logits.flatten(0, 1)
     places = torch.arange(index_BT.numel())

@@ -14,7 +14,7 @@ from katcore.schema.call import ToolCall
 
 
 class TransformersConfig(BaseModel):
-    """Options: the model folder, how many conversations at once, and their length in tokens."""
+    """Options: the model folder, how many conversations at once, their length in tokens, and on what."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,6 +22,7 @@ class TransformersConfig(BaseModel):
     num_slots: int = 64
     context: int = 1024
     seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class VllmConfig(BaseModel):
@@ -106,7 +107,11 @@ def make_transformers(config: TransformersConfig) -> Engine:
     if not (config.model / "config.json").is_file():
         raise ConfigError(f"{config.model}: no model folder: it has no config.json")
     engine: Engine = import_module("katcore.inference.embedded").open_engine(
-        config.model, num_slots=config.num_slots, context=config.context, seed=config.seed
+        config.model,
+        num_slots=config.num_slots,
+        context=config.context,
+        seed=config.seed,
+        device=config.device,
     )
     return engine
 

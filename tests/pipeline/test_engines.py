@@ -10,7 +10,7 @@ import torch
 from katcore.config import LoraSettings, ModelSettings, Preset
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
-from katcore.pipeline.engines import _devices, open_engines
+from katcore.pipeline.engines import open_engines
 from katcore.pipeline.plan import Plan, StageSpec
 from katcore.pipeline.progress import Progress
 from katcore.pipeline.stage import Job
@@ -96,7 +96,10 @@ async def test_of_adapters_servers_get_the_adapters(start: Path, tmp_path: Path)
 
 
 def test_each_replica_has_its_own_gpus() -> None:
-    serve = ServeSettings(engine="vllm", replicas=2, tensor_parallel=2)
-    assert [_devices(serve, number) for number in range(2)] == [(0, 1), (2, 3)]
-    serve = serve.model_copy(update={"devices": (7, 6, 5, 4)})
-    assert [_devices(serve, number) for number in range(2)] == [(7, 6), (5, 4)]
+    def devices(**settings: Any) -> list[tuple[int, ...]]:
+        serve = ServeSettings(engine="vllm", replicas=2, tensor_parallel=2, **settings)
+        return [serve.devices_of(number, 4) for number in range(2)]
+
+    assert devices() == [(0, 1), (2, 3)]
+    assert devices(placement="disaggregated") == [(4, 5), (6, 7)]
+    assert devices(devices=(7, 6, 5, 4)) == [(7, 6), (5, 4)]
