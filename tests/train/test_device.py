@@ -46,12 +46,14 @@ def objectives(model: torch.nn.Module) -> dict[str, Objective]:
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
 def test_losses_are_computed_where_the_model_is(name: str) -> None:
     batch = collate([TREE], layout=padded)
+    is_mixture = "moe" in name
+    given = {"experts_implementation": "grouped_mm"} if is_mixture else {}
     config = copy.deepcopy(CONFIGS[name])
     config.moe_intermediate_size = 16  # the products of experts want rows of 16 bytes
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(ELSEWHERE):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        options = {"output_router_logits": True} if "moe" in name else {}
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **given)
+        options = {"output_router_logits": True} if is_mixture else {}
         said = hidden(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, **options)
         logits = logits_of(model, said.last_hidden_state.flatten(0, 1)[batch.at_N])
         assert logits.device.type == ELSEWHERE
