@@ -29,9 +29,10 @@ Signature = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """All mount points of the container, and what was beneath those that can be written to."""
+    """All mount points of the container, the folders that they are in, and what was beneath writable ones."""
 
     points: frozenset[str]
+    folders: dict[str, Signature]
     before: dict[str, Signature]
 
     @classmethod
@@ -47,7 +48,8 @@ class Watched:
                 is_own = os.access(f"/{path}", os.R_OK)  # the grader's folders are not
                 if path and path.split("/")[0] not in _SKIPPED and is_own and _is_writable(words):
                     before |= dict(_beneath(path))
-        return cls(frozenset(points), before)
+        folders = {os.path.dirname(path) for path in points}
+        return cls(frozenset(points), {path: _signature(path) for path in folders}, before)
 
     def changed(self) -> Iterator[Change]:
         """What is not as it was beneath writable mounts."""
@@ -84,7 +86,7 @@ def archive(listed: bytes, watched: Watched) -> bytes:
         _put(top, item)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for changes in (_changed(top, "", watched.points), watched.changed()):
+        for changes in (_changed(top, "", watched), watched.changed()):
             for path, is_deleted in changes:
                 files.add(tar, path, is_deleted=is_deleted)
     return buffer.getvalue()
@@ -97,12 +99,15 @@ def _put(top: _Listed, item: dict[str, Any]) -> None:
     node.is_deleted = item["Kind"] == _DELETED
 
 
-def _changed(node: _Listed, folder: str, points: frozenset[str]) -> Iterator[Change]:
-    """What is listed beneath a folder, parents first. Beneath what is no folder any more, nothing is."""
+def _changed(node: _Listed, folder: str, watched: Watched) -> Iterator[Change]:
+    """What is listed beneath a folder, parents first. Beneath what is no folder any more, nothing is.
+
+    Folders are listed, too, in which the engine has made a mount point; as they were then, they are left out.
+    """
     for said, listed in sorted(node.inner.items()):
         for name in _names(said, folder, listed):
             path = os.path.join(folder, name)
-            if path in _SKIPPED or path in points:
+            if path in _SKIPPED or path in watched.points:
                 continue
             is_there = os.path.lexists(f"/{path}")
             if listed.is_deleted or not is_there:
@@ -110,10 +115,11 @@ def _changed(node: _Listed, folder: str, points: frozenset[str]) -> Iterator[Cha
             if is_there and listed.is_deleted:  # replaced, with all that was beneath it
                 yield from ((inner, False) for inner, _ in _beneath(path))
             elif is_there:
-                yield path, False
+                if watched.folders.get(path) != _signature(path):
+                    yield path, False
                 if listed.inner and _is_folder(path):
                     with files.unlocked(f"/{path}"):
-                        yield from _changed(listed, path, points)
+                        yield from _changed(listed, path, watched)
 
 
 def _names(said: str, folder: str, listed: _Listed) -> list[str]:
@@ -137,11 +143,16 @@ def _is_folder(path: str) -> bool:
 
 def _beneath(top: str) -> Iterator[tuple[str, Signature]]:
     """A path and all beneath it, parents first."""
-    found = os.lstat(f"/{top}")
-    if not stat.S_ISDIR(found.st_mode):
-        yield top, (found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    signature = _signature(top)
+    if not stat.S_ISDIR(signature[0]):
+        yield top, signature
         return
-    yield top, (found.st_mode,)
+    yield top, signature[:1]
     with files.unlocked(f"/{top}"):
         for name in sorted(os.listdir(f"/{top}")):
             yield from _beneath(os.path.join(top, name))
+
+
+def _signature(path: str) -> Signature:
+    found = os.lstat(f"/{path}")
+    return (found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
