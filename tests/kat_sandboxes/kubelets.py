@@ -102,6 +102,7 @@ class EngineKubelet:
             "Entrypoint": item["command"],
             "Env": [f"{each['name']}={each['value']}" for each in item.get("env", ())],
             "User": str(security.get("runAsUser", "")),
+            "NetworkDisabled": network == "none",
             "HostConfig": {
                 "NetworkMode": network,
                 "IpcMode": "private",

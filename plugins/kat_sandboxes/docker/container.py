@@ -148,7 +148,10 @@ def _place(shape: Shape) -> dict[str, Any]:
 
 
 def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -> dict[str, Any]:
-    """ContainerCreate in Docker's API. `mounts`: further folders of the machine by where they are shown."""
+    """ContainerCreate in Docker's API. `mounts`: further folders of the machine by where they are shown.
+
+    Its file of hosts is written into `channel`.
+    """
     memory = shape.memory_mib << 20
     shown = {bundle.INSIDE: str(agent), _CHANNEL: str(channel), **mounts}
     # What it names would be loaded into all programs, those of the tests too.
@@ -158,6 +161,8 @@ def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -
     return {
         "Image": shape.image.tag,
         "Hostname": "sandbox",
+        # Not only of mode none: Docker 20.10 locks up where one such is made while another is removed.
+        "NetworkDisabled": True,
         "Entrypoint": connecting(agent, SOCKET),
         # Of the image's variables, this one would reach into the agent.
         "Env": ["LD_PRELOAD="],
@@ -173,10 +178,18 @@ def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -
             "MemorySwap": memory,
             "ShmSize": min(_SHARED_MEMORY_MIB, shape.disk_mib) << 20,
             "LogConfig": {"Type": "none"},
-            "Mounts": binds(shown),
+            "Mounts": [*binds(shown), _own_hosts(channel)],
             "Tmpfs": _folders(shape) if shape.is_live else {},
         },
     }
+
+
+def _own_hosts(channel: Path) -> dict[str, Any]:
+    """The names of the loopback interface, which an engine writes down for those that have a network."""
+    hosts = channel / "hosts"
+    hosts.write_text("127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+    hosts.chmod(0o644)
+    return {"Type": "bind", "Source": str(hosts), "Target": "/etc/hosts", "ReadOnly": False}
 
 
 def connecting(agent: Path, name: str) -> list[str]:

@@ -27,6 +27,7 @@ def cut(engine: Engine, tag: str, new: str, mounts: dict[str, str], mark: str) -
         "Image": tag,
         "User": "0",
         "Entrypoint": ["bash", "-c", history.SCRIPT],
+        "NetworkDisabled": True,
         "Healthcheck": {"Test": ["NONE"]} if config.get("Healthcheck") else None,
         "HostConfig": {
             "NetworkMode": "none",

@@ -68,7 +68,7 @@ async def test_one_that_somebody_removed(
 
 async def test_one_that_ended_by_itself_was_not_killed(engine: str) -> None:
     asked, api, name = Engine(engine), engines.client(engine), "katcore-test-ended"
-    body = {"Image": BASE, "Cmd": ["sh", "-c", "exit 3"], "HostConfig": {"NetworkMode": "none"}}
+    body = {"Image": BASE, "Cmd": ["sh", "-c", "exit 3"], "NetworkDisabled": True}
     api.create_container_from_config(body, name)
     try:
         api.start(name)

@@ -119,7 +119,7 @@ def scene(own: Dockerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 def foreign(own: Dockerd) -> Iterator[str]:
     """A container that is not ours."""
     api = client(own.url)
-    body = {"Image": BASE, "Cmd": ["sleep", "81101"], "HostConfig": {"NetworkMode": "none"}}
+    body = {"Image": BASE, "Cmd": ["sleep", "81101"], "NetworkDisabled": True}
     api.create_container_from_config(body, "foreign")
     api.start("foreign")
     yield "foreign"
