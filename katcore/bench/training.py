@@ -14,10 +14,17 @@ from katcore.bench.aim import Aim
 from katcore.bench.disk import machine
 from katcore.bench.recorded import recorded
 from katcore.bench.shapes import SHAPES, apart, tree
-from katcore.config import ModelSettings
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.measure import Steps, as_tree, in_packed, in_padded, in_parts, lines
+from katcore.train.measure import (
+    Steps,
+    as_tree,
+    in_packed,
+    in_padded,
+    in_parts,
+    lines,
+    model_settings,
+)
 
 POR = (0.0, 0.3, 0.5, 0.7, 0.846, 0.9)
 _CALLS = {"agent": 12, "agent, long": 30}
@@ -82,14 +89,7 @@ class Report:
 
 def run(settings: Settings, step: Callable[[str], None]) -> Report:
     """Measure; `step` is told each part."""
-    model = ModelSettings(
-        hidden=settings.hidden,
-        layers=settings.layers,
-        heads=max(1, settings.hidden // 64),
-        kv_heads=max(1, settings.hidden // 64),
-        vocabulary=4096,
-        context=settings.tokens,
-    )
+    model = model_settings(settings.hidden, settings.layers, settings.tokens)
     steps = Steps(model)
     rows = []
     for shape, sample in _trees(settings.tokens, model.vocabulary):

@@ -15,13 +15,11 @@ from typing import Any
 from katcore.bench.aim import Aim
 from katcore.bench.disk import machine
 from katcore.bench.shapes import fork, tree, turns
-from katcore.config import ModelSettings
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.train.measure import Steps, as_tree, lines
+from katcore.train.measure import VOCABULARY, Steps, as_tree, lines, model_settings
 from katcore.train.rival import Side, grpo, sampled, sft
 
-_VOCABULARY = 4096
 _NUM = 8
 """Rollouts that share nothing."""
 _POR = 0.7
@@ -107,14 +105,7 @@ def run(settings: Settings, step: Callable[[str], None]) -> Report:
     Raises:
         StageError: the two sides have not the same losses.
     """
-    model = ModelSettings(
-        hidden=settings.hidden,
-        layers=settings.layers,
-        heads=max(1, settings.hidden // 64),
-        kv_heads=max(1, settings.hidden // 64),
-        vocabulary=_VOCABULARY,
-        context=settings.tokens,
-    )
+    model = model_settings(settings.hidden, settings.layers, settings.tokens)
     steps = Steps(model)
     rows = []
     for objective, take in _OBJECTIVES.items():
@@ -167,4 +158,4 @@ def _sequences(lengths: list[int]) -> list[Sample]:
 
 def _tree(parents: list[int], number: int) -> Sample:
     """A rollout whose sampler was near the policy that is trained."""
-    return replace(tree(parents, _VOCABULARY, number), rollout_id=f"r{number}")
+    return replace(tree(parents, VOCABULARY, number), rollout_id=f"r{number}")

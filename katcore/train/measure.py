@@ -20,6 +20,21 @@ from katcore.train.layout import Layout, branches, packed, padded
 from katcore.train.objective import Sft, sample_weight
 from katcore.train.policy import limit_threads, new_policy
 
+VOCABULARY = 4096
+
+
+def model_settings(hidden: int, layers: int, context: int) -> ModelSettings:
+    """A model to measure, with heads of 64."""
+    heads = max(1, hidden // 64)
+    return ModelSettings(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        vocabulary=VOCABULARY,
+        context=context,
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Way:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,6 @@ from katcore.schema.call import Message, Sampling, ScoreRequest
 from katcore.train.policy import load_policy
 from tests.inference.fake_vllm import FakeVllm, problem
 from tests.inference.tiny import CONTEXT, request, write_tiny_model
-
-
-@pytest.fixture
-async def fake(model_folder: Path) -> FakeVllm:
-    return FakeVllm(model_folder, context=CONTEXT)
-
-
-@pytest.fixture
-async def engine(fake: FakeVllm, model_folder: Path) -> AsyncIterator[VllmEngine]:
-    async with fake.serving() as url:
-        made = VllmEngine(Elsewhere(url), ChatTokenizer(model_folder))
-        yield made
-        await made.close()
 
 
 @pytest.fixture(scope="session")

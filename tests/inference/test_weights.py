@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from katcore.errors import EngineError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine, open_engine
-from katcore.inference.vllm import Elsewhere, VllmEngine
+from katcore.inference.vllm import VllmEngine
 from katcore.protocols import SupportsSleep, SupportsWeights
 from katcore.train.policy import load_policy
 from tests.inference.fake_vllm import FakeVllm
@@ -45,19 +44,6 @@ def merged(model_folder: Path, adapter: Path, out: Path) -> Path:
     model.save_pretrained(out)
     ChatTokenizer(model_folder)._tokenizer.save_pretrained(out)
     return out
-
-
-@pytest.fixture
-async def fake(model_folder: Path) -> FakeVllm:
-    return FakeVllm(model_folder, context=CONTEXT)
-
-
-@pytest.fixture
-async def engine(fake: FakeVllm, model_folder: Path) -> AsyncIterator[VllmEngine]:
-    async with fake.serving() as url:
-        made = VllmEngine(Elsewhere(url), ChatTokenizer(model_folder))
-        yield made
-        await made.close()
 
 
 async def greedy(folder: Path) -> tuple[int, ...]:
