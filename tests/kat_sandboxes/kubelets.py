@@ -54,7 +54,7 @@ class EngineKubelet:
         plain = asyncio.StreamReader()
         work = asyncio.create_task(_unpacked(reader, plain))
         self._held[work] = held
-        work.add_done_callback(self._held.pop)
+        work.add_done_callback(lambda done: self._held.pop(done).close())
         return plain, writer
 
     def _executed(self, name: str, argv: list[str]) -> Any:

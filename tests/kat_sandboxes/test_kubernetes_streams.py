@@ -102,7 +102,7 @@ async def test_what_a_dead_process_left_ends_by_itself(
         # Nobody comes back, as after kill -9.
         cluster.answers = [("GET exec", 503, {}, "")] * 1000
         await cluster.cut()
-        async with asyncio.timeout(200):
+        async with asyncio.timeout(60):
             while cluster.pods[name]["status"]["phase"] == "Running":  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
         cluster.answers = []

@@ -75,8 +75,14 @@ class _Stream:
     """A connection of `pump`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.readexactly = reader.readexactly
+        self._reader = reader
         self._writer = writer
+        self.heard_s = time.monotonic()
+
+    async def readexactly(self, n: int, /) -> bytes:
+        data = await self._reader.readexactly(n)
+        self.heard_s = time.monotonic()
+        return data
 
     async def write(self, data: bytes) -> None:
         self._writer.write(data)
@@ -93,7 +99,6 @@ class _Relay:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._num = 0
         self._is_over = asyncio.Event()
-        self._seen = asyncio.Event()
         self._stream: _Stream | None = None
         self._doors: list[asyncio.Server] = []
 
@@ -129,26 +134,18 @@ class _Relay:
         if self._stream:
             self._stream.close()
         stream = self._stream = _Stream(reader, writer)
-        self._seen.set()
-        try:
+        with contextlib.suppress(OSError, EOFError):
             await self._link.serve(stream)
-        except (OSError, EOFError):
-            stream.close()
-        finally:
-            if self._stream is stream:
-                self._stream = None
-            self._seen.set()
+        stream.close()
 
     async def _watch(self) -> None:
-        """The end, when nobody has come for long."""
-        while True:
-            self._seen.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._patience_s):
-                    await self._seen.wait()
-                continue
-            if self._stream is None:
-                self._is_over.set()
+        """The end, when nothing was heard for long: not every stream that breaks says so."""
+        heard_s = time.monotonic()
+        while (left_s := heard_s + self._patience_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
+            if self._stream:
+                heard_s = max(heard_s, self._stream.heard_s)
+        self._is_over.set()
 
     async def _from_machine(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -16,6 +16,8 @@ from kat_sandboxes.kubernetes.link import MACHINE, PIECE, Link
 
 Connect = Callable[[], AbstractAsyncContextManager[Exec]]
 _GREET_S, _ASK_S, _SILENT_S = 10.0, 20.0, 75.0
+_ASKS = 4
+"""How often at least, before the other end gives up hearing of us."""
 _FIRST_S, _MOST_S = 0.2, 5.0
 _OVER_S = 2.0
 
@@ -88,9 +90,10 @@ class Tunnel:
         serving = asyncio.create_task(self._link.serve(stream))
         began_s = loop.time()
         try:
-            while not (
-                await asyncio.wait([serving], timeout=_ASK_S if self._heard_s else _GREET_S)
-            )[0]:
+            ask_s = min(_ASK_S, self._patience_s / _ASKS)
+            while not (await asyncio.wait([serving], timeout=ask_s if self._heard_s else _GREET_S))[
+                0
+            ]:
                 limit_s = _SILENT_S if self._heard_s else _GREET_S
                 if loop.time() - max(began_s, self._heard_s) >= limit_s:
                     return
