@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from backports import zstd
+
 from katcore.errors import ImageError
 from katcore.sandbox.unpack import unpack_layer
 
@@ -33,6 +35,7 @@ _COMPRESSIONS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
     (b"BZh", bz2.open),
     (b"\xfd7zXZ\0", lzma.open),
+    (b"\x28\xb5\x2f\xfd", zstd.open),
 )
 
 
@@ -154,7 +157,7 @@ def unpack(files: Files, manifest: Manifest, root: Path) -> None:
         if layer.content_digest:
             _check_content(files, layer)
         with files.open(layer.name) as file:
-            unpack_layer(_uncompressed(file, layer.name), root)
+            unpack_layer(_uncompressed(file), root)
     for name in _MOUNTED:
         if (root / name).is_symlink():
             raise ImageError(f"/{name} of the image is a link; a sandbox mounts its own there")
@@ -258,19 +261,17 @@ def _check(file: IO[bytes], digest: str, name: str) -> None:
 def _check_content(files: Files, layer: Layer) -> None:
     with files.open(layer.name) as file:
         try:
-            _check(_uncompressed(file, layer.name), layer.content_digest, layer.name)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            _check(_uncompressed(file), layer.content_digest, layer.name)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
             raise ImageError(f"{layer.name} is cut off: {error}") from error
 
 
-def _uncompressed(file: IO[bytes], name: str) -> IO[bytes]:
+def _uncompressed(file: IO[bytes]) -> IO[bytes]:
     head = file.read(6)
     file.seek(0)
     for magic, opener in _COMPRESSIONS:
         if head.startswith(magic):
             return cast(IO[bytes], opener(file))
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise ImageError(f"{name} is compressed with zstd; have it saved or pushed with gzip")
     return file
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,15 @@ async def pull(
         ImageError: there is no such image, it is not for this machine, or the registry fails.
     """
     try:
-        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+        # aiohttp's own was made when it was imported, and its errors say less.
+        trusted = aiohttp.TCPConnector(ssl=ssl.create_default_context())
+        async with aiohttp.ClientSession(timeout=_TIMEOUT, connector=trusted) as session:
             await _Puller(session, reference, folder, login).run(report)
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise ImageError(
+            f"{reference.url}: {error.certificate_error}; if an authority of your own signed it, let"
+            " SSL_CERT_FILE name a file of authorities that has it"
+        ) from error
     except (aiohttp.ClientError, TimeoutError) as error:
         raise ImageError(
             f"{reference.url}: {error!r}; the same command goes on from here"

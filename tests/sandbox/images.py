@@ -3,12 +3,15 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import platform
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from backports import zstd
 
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
@@ -50,9 +53,16 @@ def config_of(layers: Sequence[bytes], **own: Any) -> bytes:
     ).encode()
 
 
-def blobs_of(layers: Sequence[bytes], **own: Any) -> tuple[dict[str, bytes], str]:
-    """All blobs of an image by digest, and the digest of its manifest; layers are compressed."""
-    packed = [gzip.compress(item, mtime=0) for item in layers]
+Pack = Callable[[bytes], bytes]
+PACKERS: tuple[Pack, ...] = (gzip.compress, zstd.compress, bytes)
+"""How layers are packed, in turn."""
+
+
+def blobs_of(
+    layers: Sequence[bytes], packers: Sequence[Pack] = PACKERS, **own: Any
+) -> tuple[dict[str, bytes], str]:
+    """All blobs of an image by digest, and the digest of its manifest."""
+    packed = [pack(item) for pack, item in zip(itertools.cycle(packers), layers, strict=False)]
     config = config_of(layers, **own)
     manifest = json.dumps(
         {
@@ -81,8 +91,15 @@ def index_of(manifest: str, size: int, **more: Any) -> bytes:
     ).encode()
 
 
-def write_layout(folder: Path, layers: Sequence[bytes], *, name: str = "", **own: Any) -> Path:
-    blobs, manifest = blobs_of(layers, **own)
+def write_layout(
+    folder: Path,
+    layers: Sequence[bytes],
+    *,
+    name: str = "",
+    packers: Sequence[Pack] = PACKERS,
+    **own: Any,
+) -> Path:
+    blobs, manifest = blobs_of(layers, packers, **own)
     (folder / "blobs" / "sha256").mkdir(parents=True)
     for digest, data in blobs.items():
         (folder / "blobs" / "sha256" / digest.removeprefix("sha256:")).write_bytes(data)

@@ -1,6 +1,8 @@
 """A backend whose machines are files, so that another process could find them; and how to hold some."""
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from pydantic import BaseModel
 from katcore.errors import SandboxElsewhereError, SandboxError
 from katcore.plugin import Offer, Plugins, hookimpl
 from katcore.protocols import Sandbox
+from katcore.sandbox.lease import LeasedBackend, Register
+from katcore.sandbox.ledger import Ledger
 from katcore.sandbox.process import Process
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.task import SandboxSpec
@@ -112,3 +116,26 @@ def dead() -> str:
     """A process of this machine that has ended."""
     own = Process.of(os.getpid())
     return str(Process(own.kernel, own.pid, own.started + 1))
+
+
+def states(ledger: Ledger) -> list[str]:
+    return [lease.state for lease in ledger.read()[1]]
+
+
+@asynccontextmanager
+async def leased(ledger: Ledger, folder: Path) -> AsyncIterator[tuple[FileBackend, LeasedBackend]]:
+    backend = FileBackend(FileConfig(folder=folder))
+    register = Register(ledger, holder(folder=str(folder)))
+    yield backend, LeasedBackend(backend, register)
+    await asyncio.to_thread(register.close)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end, "it did not come about in time"
+        await asyncio.sleep(0.02)
+
+
+def machines(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -2,18 +2,20 @@
 
 import gzip
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from backports import zstd
 
 from katcore.errors import ImageError, ImageMissingError
 from katcore.sandbox.image import Image, ImageStore
 from katcore.sandbox.imported import import_image
 from tests.sandbox.images import (
-    digest_of,
+    Pack,
     entry,
     layer,
     write_archive,
@@ -149,22 +151,23 @@ def test_what_is_no_image_says_so(tmp_path: Path, root: Path, content: bytes) ->
         import_image(ImageStore(root), tmp_path / "nothing")
 
 
-def test_zstd_is_said_not_to_be_known(tmp_path: Path, root: Path) -> None:
-    folder = tmp_path / "layout"
-    write_layout(folder, [layer(("a", b"1"))], name="z")
-    blobs = list((folder / "blobs" / "sha256").iterdir())
-    packed = next(path for path in blobs if path.read_bytes().startswith(b"\x1f\x8b"))
-    text = (folder / "index.json").read_text()
-    zstd = b"\x28\xb5\x2f\xfd rest"
-    # The digests are made right, so that the form is what is at fault.
-    manifest = next(path for path in blobs if b"schemaVersion" in path.read_bytes())
-    content = manifest.read_text().replace(f"sha256:{packed.name}", digest_of(zstd))
-    for data in (zstd, content.encode()):
-        (folder / "blobs" / "sha256" / digest_of(data).removeprefix("sha256:")).write_bytes(data)
-    (folder / "index.json").write_text(
-        text.replace(f"sha256:{manifest.name}", digest_of(content.encode()))
+@pytest.mark.parametrize("pack", [gzip.compress, zstd.compress])
+def test_a_layer_that_is_cut_off_says_so(tmp_path: Path, root: Path, pack: Pack) -> None:
+    def cut(data: bytes) -> bytes:
+        return pack(data)[:-9]
+
+    content = layer(("a", os.urandom(10_000)))
+    folder = write_layout(tmp_path / "layout", [content], name="z", packers=[cut])
+    with pytest.raises(ImageError, match="cut off"):
+        import_image(ImageStore(root), folder)
+
+
+@pytest.mark.parametrize("magic", [b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"])
+def test_a_layer_that_is_no_archive_says_so(tmp_path: Path, root: Path, magic: bytes) -> None:
+    folder = write_layout(
+        tmp_path / "layout", [b"x"], name="z", packers=[lambda _: magic + b" rest"]
     )
-    with pytest.raises(ImageError, match="compressed with zstd"):
+    with pytest.raises(ImageError, match="cut off"):
         import_image(ImageStore(root), folder)
 
 

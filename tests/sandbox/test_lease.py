@@ -1,71 +1,40 @@
 """Leases: on record before the machine is there, struck out after it is gone; reaped when nobody is left."""
 
 import asyncio
-import contextlib
-import sqlite3
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.engine import make_url
-from sqlalchemy.schema import CreateTable
 
 from katcore.errors import ConfigError, LedgerError, SandboxError
 from katcore.sandbox import lease as leases
-from katcore.sandbox import ledger as ledgers
 from katcore.sandbox import reaper
-from katcore.sandbox.lease import LeasedBackend, Register, open_backend
+from katcore.sandbox.lease import open_backend
 from katcore.sandbox.ledger import Ledger
 from katcore.sandbox.reaper import Reaped
 from katcore.schema.lease import Lease
-from tests.sandbox.leases import SPEC, FileBackend, FileConfig, dead, holder, plugins
+from tests.sandbox.leases import (
+    SPEC,
+    FileBackend,
+    dead,
+    holder,
+    leased,
+    machines,
+    plugins,
+    states,
+    until,
+)
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["sqlite", "postgresql"])
+def _own_home(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KATCORE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KATCORE_LEDGER", raising=False)
-
-
-@pytest.fixture
-def ledger() -> Iterator[Ledger]:
-    made = Ledger()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "machines"
-    made.mkdir()
-    return made
-
-
-def states(ledger: Ledger) -> list[str]:
-    return [lease.state for lease in ledger.read()[1]]
-
-
-@contextlib.asynccontextmanager
-async def leased(ledger: Ledger, folder: Path) -> AsyncIterator[tuple[FileBackend, LeasedBackend]]:
-    backend = FileBackend(FileConfig(folder=folder))
-    register = Register(ledger, holder(folder=str(folder)))
-    yield backend, LeasedBackend(backend, register)
-    await asyncio.to_thread(register.close)
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end, "it did not come about in time"
-        await asyncio.sleep(0.02)
-
-
-def machines(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    if request.param == "postgresql":
+        monkeypatch.setenv("KATCORE_LEDGER", request.getfixturevalue("postgres").database())
 
 
 async def test_it_is_on_record_before_it_is_made_and_until_it_is_gone(
@@ -145,16 +114,6 @@ async def test_an_error_that_nobody_thought_of_is_heard_of(
                 pytest.fail("it was opened")
 
 
-async def test_a_driver_that_is_not_installed_is_said_at_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KATCORE_LEDGER", "nosuch://user:hush@host/database")
-    with pytest.raises(ConfigError, match="needs a database driver that is not here") as error:
-        async with open_backend(plugins(), "files", {"folder": str(folder)}):
-            pass
-    assert "hush" not in str(error.value)
-
-
 async def test_many_at_once_are_few_transactions(
     ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,37 +150,6 @@ async def test_a_cancelled_opening_leaves_no_lease(ledger: Ledger, folder: Path)
         await until(lambda: states(ledger) == [])
         assert machines(folder) == []
         assert backend.closed == 0
-
-
-async def test_no_machine_is_made_that_cannot_be_put_on_record(
-    ledger: Ledger, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(leases, "_RETRY_S", 0.05)
-    path = tmp_path / "home" / "leases.db"
-    path.parent.mkdir()
-    path.write_bytes(b"no ledger, but a diary" * 100)
-    async with leased(ledger, folder) as (_, wrapped):
-        with pytest.raises(LedgerError, match="not a database; move the file away"):
-            async with wrapped.open(SPEC):
-                pytest.fail("it was opened")
-        assert machines(folder) == []
-        path.unlink()
-        async with wrapped.open(SPEC):
-            assert len(states(ledger)) == 1
-
-
-@pytest.mark.parametrize("how", ["deleted", "moved"])
-async def test_a_ledger_that_is_taken_away_is_written_again(
-    ledger: Ledger, folder: Path, tmp_path: Path, how: str
-) -> None:
-    async with leased(ledger, folder) as (_, wrapped), wrapped.open(SPEC):
-        for path in (tmp_path / "home").glob("leases.db*"):
-            path.unlink() if how == "deleted" else path.rename(tmp_path / path.name)
-        assert ledger.read()[:2] == ([], [])
-        async with wrapped.open(replace(SPEC, serves="next")):
-            assert len(ledger.read()[0]) == 1
-            assert sorted(item.serves for item in ledger.read()[1]) == ["", "next"]
 
 
 async def test_what_a_dead_process_left_is_reclaimed_when_the_next_opens(folder: Path) -> None:
@@ -331,38 +259,3 @@ def test_processes_that_make_the_ledger_at_once_do_not_disturb_each_other() -> N
         thread.join()
     assert failures == []
     assert sorted(item.id for item in Ledger().read()[1]) == [f"{n}.4" for n in range(8)]
-
-
-def test_sqlite_is_set_up_for_many_writers(tmp_path: Path) -> None:
-    Ledger().save(holder(), None, {})
-    with contextlib.closing(sqlite3.connect(tmp_path / "home" / "leases.db")) as found:
-        assert found.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-@pytest.mark.parametrize("url", ["nonsense", "sqlite://", "postgresql://u:hush@h"])
-def test_a_url_that_is_none_is_refused_without_being_shown(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KATCORE_LEDGER", url)
-    with pytest.raises(ConfigError, match="KATCORE_LEDGER is no URL") as error:
-        Ledger()
-    assert "hush" not in str(error.value)
-
-
-def test_a_password_is_never_said() -> None:
-    found = Ledger(make_url("postgresql+psycopg2://u:hush@127.0.0.1:1/katcore"))
-    assert found.name == "postgresql+psycopg2://u:***@127.0.0.1:1/katcore"
-    with pytest.raises((LedgerError, ConfigError)) as error:
-        found.read()
-    assert "hush" not in str(error.value)
-
-
-def test_the_statements_are_postgresql_s_too() -> None:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    statements = [ledgers._SEEN, ledgers._CHANGED, ledgers._GONE, ledgers._ALL_GONE]
-    for statement in (*statements, ledgers._RETIRED):
-        assert "katcore_" in str(statement.compile(dialect=dialect))
-    for table in ledgers._META.sorted_tables:
-        made = str(CreateTable(table, if_not_exists=True).compile(dialect=dialect))
-        assert "CREATE TABLE IF NOT EXISTS katcore_" in made
-        assert "DOUBLE PRECISION" in made

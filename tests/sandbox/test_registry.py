@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import trustme
 from aiohttp import web
 
 from katcore.errors import ImageError
@@ -29,6 +32,7 @@ class Registry:
     manifest: str
     login: str = ""
     has_token: bool = True
+    scheme: str = "http"
     cuts: int = 0
     has_ranges: bool = True
     elsewhere: str = ""
@@ -39,7 +43,7 @@ class Registry:
     async def serve(self, request: web.Request) -> web.StreamResponse:
         kind, name = request.match_info["kind"], request.match_info["name"]
         if self.has_token and request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            realm = self.elsewhere or f"http://{self.host}/token"
+            realm = self.elsewhere or f"{self.scheme}://{self.host}/token"
             challenge = f'Bearer realm="{realm}",service="here",scope="repository:team/image:pull"'
             return web.Response(status=401, headers={"WWW-Authenticate": challenge})
         self.asked[f"{kind}/{name}"] += 1
@@ -73,21 +77,27 @@ class Registry:
         return web.json_response({"token": TOKEN})
 
 
-@pytest_asyncio.fixture
-async def registry() -> AsyncIterator[Registry]:
+@asynccontextmanager
+async def served(host: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Registry]:
     blobs, manifest = blobs_of(LAYERS, WorkingDir="/srv")
-    made = Registry(blobs, manifest)
+    made = Registry(blobs, manifest, scheme="https" if tls else "http")
     app = web.Application()
     app.router.add_get("/token", made.token)
     app.router.add_get("/v2/team/image/{kind}/{name}", made.serve)
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    assert runner.addresses
-    made.host = f"127.0.0.1:{runner.addresses[0][1]}"
-    yield made
-    await runner.cleanup()
+    await web.TCPSite(runner, host, 0, ssl_context=tls).start()
+    made.host = f"{host}:{runner.addresses[0][1]}"
+    try:
+        yield made
+    finally:
+        await runner.cleanup()
+
+
+@pytest_asyncio.fixture
+async def registry() -> AsyncIterator[Registry]:
+    async with served("127.0.0.1") as made:
+        yield made
 
 
 @pytest.fixture
@@ -117,6 +127,19 @@ def check(store: ImageStore, root: Path) -> None:
 async def test_an_image_is_pulled_with_a_token(registry: Registry, root: Path) -> None:
     check(await pull(registry, root), root)
     assert set(registry.asked.values()) == {1}
+
+
+async def test_elsewhere_it_is_https_with_an_authority_that_is_trusted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, tls = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.2").configure_cert(tls)
+    async with served("127.0.0.2", tls) as registry:
+        with pytest.raises(ImageError, match=r"certificate verify failed.*SSL_CERT_FILE"):
+            await pull(registry, root)
+        authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        check(await pull(registry, root), root)
 
 
 async def test_a_registry_that_asks_for_none_gets_none(registry: Registry, root: Path) -> None:
