@@ -7,15 +7,14 @@ from katcore.inference.chat import ChatTokenizer
 from katcore.schema.call import EngineRequest, Generation, Message, Tool, ToolCall
 
 POLICY = "scripted"
+Turn = str | tuple[ToolCall, ...]
+"""What is said next: a text, or the tool calls to make."""
 
 
 class ScriptedEngine:
-    """Answers a conversation that has n answers with turn n of its programme.
+    """Answers a conversation that has n answers with turn n of its programme."""
 
-    A turn is a text, or the tool calls to make.
-    """
-
-    def __init__(self, chat: ChatTokenizer, turns: Sequence[str | tuple[ToolCall, ...]]) -> None:
+    def __init__(self, chat: ChatTokenizer, turns: Sequence[Turn]) -> None:
         self._chat = chat
         self._turns = turns
 
@@ -31,12 +30,15 @@ class ScriptedEngine:
 
     async def generate(self, request: EngineRequest) -> Generation:
         """See `Engine.generate`. The ids are tokenised once, here, and marked as scripted."""
-        number = sum(message.role == "assistant" for message in request.messages)
-        if number >= len(self._turns):
-            raise EngineError(f"session {request.session_id}: its programme has no turn {number}")
-        turn = self._turns[number]
+        turn = self._turn(request)
         text, calls = (turn, ()) if isinstance(turn, str) else ("", turn)
         answer = Message("assistant", text, tool_calls=calls)
         ids = self._chat.answer_ids(answer, request.tools, request.messages)
         logprobs = (0.0,) * len(ids)
         return Generation(ids, logprobs, text, "stop", POLICY, "scripted", tool_calls=calls)
+
+    def _turn(self, request: EngineRequest) -> Turn:
+        number = sum(message.role == "assistant" for message in request.messages)
+        if number >= len(self._turns):
+            raise EngineError(f"session {request.session_id}: its programme has no turn {number}")
+        return self._turns[number]

@@ -239,6 +239,22 @@ _MINI_SWE_AGENT = CommandConfig(
     },
 )  # fmt: skip
 
+_AIDER = CommandConfig(
+    pypi={"aider-chat": "0.86.2"},
+    command=(
+        "python3", "/opt/scaffold/run.py", "aider", "--model", "openai/${model}", "--edit-format", "diff",
+        "--yes-always", "--no-check-update", "--no-show-release-notes", "--no-show-model-warnings",
+        "--analytics-disable", "--no-gitignore", "--no-pretty", "--no-detect-urls", "--no-browser",
+        "--no-auto-commits", "--chat-history-file", "/tmp/home/chat.md", "--input-history-file", "/tmp/home/input",
+        "--message", "${prompt}",
+    ),
+    env={
+        "OPENAI_API_KEY": "${api_key}",
+        "OPENAI_API_BASE": "${base_url}/v1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    },
+)  # fmt: skip
+
 RECIPES: dict[str, tuple[CommandConfig, str]] = {
     "claude-code": (_CLAUDE_CODE, "Anthropic's agent, over Anthropic Messages"),
     "opencode": (_OPENCODE, "OpenCode, over Chat Completions"),
@@ -248,6 +264,7 @@ RECIPES: dict[str, tuple[CommandConfig, str]] = {
     "codex": (_CODEX, "OpenAI's Codex CLI, over Responses"),
     "qwen-code": (_QWEN_CODE, "Qwen Code, over Chat Completions"),
     "mini-swe-agent": (_MINI_SWE_AGENT, "mini-SWE-agent, over Chat Completions"),
+    "aider": (_AIDER, "aider, over Chat Completions; it edits by text"),
 }
 
 
