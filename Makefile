@@ -35,7 +35,7 @@ check: setup  ## format, lint, types, import contracts
 	PYTHONPATH=plugins $(VENV)/bin/lint-imports
 
 test: check  ## everything the gate runs
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadgroup
 
 clean: down  ## remove the environment and all runs
 	rm -rf $(VENV) .kat

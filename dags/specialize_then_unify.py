@@ -78,7 +78,14 @@ def make_task(spec: StageSpec) -> Any:
     """The task of a stage. Where experts meet, those that were not chosen are no obstacle."""
     is_joining = spec.inputs and not spec.expert
     rule = "none_failed_min_one_success" if is_joining else "all_success"
-    task = run_stage.override(task_id=spec.stage, trigger_rule=rule)
+    # Of what could start, an expert's evaluation comes last: nothing but the gate waits for it.
+    is_urgent = not (spec.expert and spec.stage in {"evaluate", "register"})
+    task = run_stage.override(
+        task_id=spec.stage,
+        trigger_rule=rule,
+        weight_rule="absolute",
+        priority_weight=2 if is_urgent else 1,
+    )
     return task(stage_id=spec.id, expert=spec.expert)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field
 
-from katcore.proxy.dialect import Ask, Kind, Problem, Reply, Wire, server_sent, validated
+from katcore.proxy.dialect import COMMENT, Ask, Kind, Problem, Reply, Wire, server_sent, validated
 from katcore.schema.call import Generation, Message, Sampling, Tool, ToolCall
 
 _BILLING = "x-anthropic-billing-header:"
@@ -28,6 +28,8 @@ _ERRORS: dict[Kind, str] = {
     "engine": "api_error",
     "proxy": "api_error",
 }
+
+PING = COMMENT
 
 
 class _Text(Wire):
@@ -222,13 +224,18 @@ def problem(problem: Problem) -> dict[str, Any]:
 
 def models(model: str) -> dict[str, Any]:
     """The list of models, which are one."""
-    listed = {
+    listed = [described(model)]
+    return {"data": listed, "has_more": False, "first_id": model, "last_id": model}
+
+
+def described(model: str) -> dict[str, Any]:
+    """The model by itself."""
+    return {
         "id": model,
         "type": "model",
         "display_name": model,
         "created_at": "1970-01-01T00:00:00Z",
     }
-    return {"data": [listed], "has_more": False, "first_id": model, "last_id": model}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

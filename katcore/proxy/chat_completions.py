@@ -11,6 +11,7 @@ import orjson
 from pydantic import Field
 
 from katcore.proxy.dialect import (
+    COMMENT,
     UNLIMITED,
     Ask,
     Problem,
@@ -21,6 +22,8 @@ from katcore.proxy.dialect import (
 )
 from katcore.proxy.openai import problem as problem
 from katcore.schema.call import Generation, Message, Sampling, Tool, ToolCall
+
+PING = COMMENT
 
 
 class _Url(Wire):
@@ -158,8 +161,12 @@ def events(reply: Reply | Problem) -> Iterator[bytes]:
 
 def models(model: str) -> dict[str, Any]:
     """The list of models, which are one."""
-    listed = {"id": model, "object": "model", "created": 0, "owned_by": "katcore"}
-    return {"object": "list", "data": [listed]}
+    return {"object": "list", "data": [described(model)]}
+
+
+def described(model: str) -> dict[str, Any]:
+    """The model by itself."""
+    return {"id": model, "object": "model", "created": 0, "owned_by": "katcore"}
 
 
 def _deltas(made: Generation) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,8 @@ STATUS: Mapping[Kind, int] = {
     "proxy": 500,
 }
 UNLIMITED = 1 << 30
+COMMENT = b": ping\n\n"
+"""An event of no meaning, by the rules of server-sent events."""
 
 
 class Problem(Exception):  # noqa: N818 - an answer to the client, not a failure of ours
@@ -68,6 +70,9 @@ class Reply:
 
 class Dialect(Protocol):
     """One wire format. A module will do."""
+
+    PING: bytes
+    """Tells a client that waits for a stream that the line is alive."""
 
     def parse(self, body: Mapping[str, Any]) -> Ask:
         """A request's body.

@@ -16,6 +16,7 @@ import orjson
 from pydantic import Field
 
 from katcore.proxy.dialect import (
+    COMMENT,
     UNLIMITED,
     Ask,
     Problem,
@@ -33,6 +34,8 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
 }
+
+PING = COMMENT
 
 
 class _Part(Wire):

@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from katcore.errors import ProxyError
-from katcore.proxy import anthropic_messages, chat_completions, responses
+from katcore.proxy import anthropic_messages, chat_completions, gemini, responses
 from katcore.proxy.capture import Capture, Source
 from katcore.proxy.dialect import STATUS, Dialect, Problem, Reply
 from katcore.proxy.door import Door
@@ -26,7 +26,6 @@ from katcore.trajectory.calls import CallLog
 _MAX_BODY = 64 << 20
 _QUIET_S = 10.0
 """How long a client that streams hears nothing before it is told that the line is alive."""
-_PING = b": ping\n\n"
 _DOOR: web.AppKey[Session | None] = web.AppKey("door")
 
 _Served = Callable[[web.Request, Session, Dialect, Source], Awaitable[web.StreamResponse]]
@@ -96,7 +95,11 @@ class Proxy:
             app.router.add_post(path, self._guarded(name, dialect, self._answer))
         count = self._guarded("anthropic-messages", anthropic_messages, self._count)
         app.router.add_post("/v1/messages/count_tokens", count)
-        app.router.add_get("/v1/models", self._models)
+        generate = self._guarded("gemini", gemini, self._generate)
+        for version in ("v1", "v1beta"):
+            app.router.add_get(f"/{version}/models", self._models)
+            app.router.add_get(f"/{version}/models/{{model:.+}}", self._models)
+            app.router.add_post(f"/{version}/models/{{model:.+}}:{{verb}}", generate)
         return web.AppRunner(
             app,
             access_log=None,
@@ -129,7 +132,8 @@ class Proxy:
 
     def _authorised(self, request: web.Request) -> Session:
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        session = self._sessions.get(request.headers.get("x-api-key", "") or bearer)
+        given = (request.headers.get(name, "") for name in ("x-api-key", "x-goog-api-key"))
+        session = self._sessions.get(next(filter(None, given), bearer))
         if session is None:
             raise Problem("authentication", "Incorrect API key: it names no open rollout.")
         if request.app[_DOOR] not in (None, session):
@@ -137,14 +141,36 @@ class Proxy:
         return session
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        is_anthropic = "anthropic-version" in request.headers
-        dialect: Dialect = anthropic_messages if is_anthropic else chat_completions
+        """The model, in a list or by itself, in the dialect of whoever asks."""
+        dialect: Any = chat_completions
+        if "anthropic-version" in request.headers:
+            dialect = anthropic_messages
+        elif "x-goog-api-key" in request.headers:
+            dialect = gemini
+        asked = request.match_info.get("model")
         try:
             model = self._authorised(request).spec.model
+            if asked not in (None, model):
+                raise _unknown(str(asked), model)
         except Problem as problem:
             return _refusal(dialect, problem)
-        listed = anthropic_messages.models if is_anthropic else chat_completions.models
-        return _json(listed(model))
+        return _json(dialect.described(model) if asked else dialect.models(model))
+
+    async def _generate(
+        self, request: web.Request, session: Session, dialect: Dialect, source: Source
+    ) -> web.StreamResponse:
+        """Gemini's calls, whose path says what of other dialects the body says."""
+        model, verb = request.match_info["model"], request.match_info["verb"]
+        if verb == "countTokens":
+            body = {**source.body.get("generateContentRequest", source.body), "model": model}
+            return _json({"totalTokens": await self._capture.count(session, dialect.parse(body))})
+        if verb not in ("generateContent", "streamGenerateContent"):
+            raise Problem("not-found", f"There is no method {verb!r} here.")
+        is_streamed = verb == "streamGenerateContent"
+        if is_streamed and request.query.get("alt") != "sse":
+            raise Problem("invalid", "alt: streams are server-sent events here; ask for alt=sse")
+        body = {**source.body, "model": model, "stream": is_streamed}
+        return await self._answer(request, session, dialect, Source(source.dialect, body))
 
     async def _count(
         self, request: web.Request, session: Session, dialect: Dialect, source: Source
@@ -157,12 +183,15 @@ class Proxy:
     ) -> web.StreamResponse:
         ask = dialect.parse(source.body)
         if ask.model != session.spec.model:
-            message = f"There is no model {ask.model!r} here; ask for {session.spec.model!r}."
-            raise Problem("not-found", message)
+            raise _unknown(ask.model, session.spec.model)
         calling = self._capture.call(session, ask, source)
         if not ask.is_streamed:
             return _json(dialect.answer(await calling))
         return await _stream(request, dialect, asyncio.ensure_future(calling))
+
+
+def _unknown(asked: str, model: str) -> Problem:
+    return Problem("not-found", f"There is no model {asked!r} here; ask for {model!r}.")
 
 
 async def _stream(
@@ -180,7 +209,7 @@ async def _stream(
         else:
             await response.prepare(request)
             while not calling.done():
-                await response.write(_PING)
+                await response.write(dialect.PING)
                 await asyncio.wait({calling}, timeout=_QUIET_S)
             try:
                 reply = calling.result()

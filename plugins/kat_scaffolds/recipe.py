@@ -219,6 +219,28 @@ _QWEN_CODE = CommandConfig(
     },
 )  # fmt: skip
 
+_GEMINI_CLI = CommandConfig(
+    npm={"@google/gemini-cli": "0.61.0"},
+    command=(
+        "gemini", "--yolo", "-m", "${model}", "--output-format", "json", "-p", "${prompt}",
+    ),
+    files={
+        "~/.gemini/settings.json": _json(
+            {
+                "general": {"enableAutoUpdate": False, "disableAutoUpdate": True},
+                "privacy": {"usageStatisticsEnabled": False},
+                "telemetry": {"enabled": False},
+                "security": {"auth": {"selectedType": "gemini-api-key"}},
+            }
+        )
+    },
+    env={
+        "GEMINI_API_KEY": "${api_key}",
+        "GOOGLE_GEMINI_BASE_URL": "${base_url}",
+        "GEMINI_CLI_TRUST_WORKSPACE": "true",
+    },
+)  # fmt: skip
+
 _MINI_SWE_AGENT = CommandConfig(
     # Without mcp, its client for models repeats an import error for ever.
     pypi={"mini-swe-agent": "2.4.6", "mcp": "1.22.0"},
@@ -245,8 +267,8 @@ _AIDER = CommandConfig(
         "python3", "/opt/scaffold/run.py", "aider", "--model", "openai/${model}", "--edit-format", "diff",
         "--yes-always", "--no-check-update", "--no-show-release-notes", "--no-show-model-warnings",
         "--analytics-disable", "--no-gitignore", "--no-pretty", "--no-detect-urls", "--no-browser",
-        "--no-auto-commits", "--chat-history-file", "/tmp/home/chat.md", "--input-history-file", "/tmp/home/input",
-        "--message", "${prompt}",
+        "--no-auto-commits", "--chat-history-file", "/tmp/home/chat.md", "--input-history-file",
+        "/tmp/home/input", "--message", "${prompt}",
     ),
     env={
         "OPENAI_API_KEY": "${api_key}",
@@ -263,6 +285,7 @@ RECIPES: dict[str, tuple[CommandConfig, str]] = {
     "openclaw": (_OPENCLAW, "OpenClaw, over Responses"),
     "codex": (_CODEX, "OpenAI's Codex CLI, over Responses"),
     "qwen-code": (_QWEN_CODE, "Qwen Code, over Chat Completions"),
+    "gemini-cli": (_GEMINI_CLI, "Google's Gemini CLI, over the Gemini API"),
     "mini-swe-agent": (_MINI_SWE_AGENT, "mini-SWE-agent, over Chat Completions"),
     "aider": (_AIDER, "aider, over Chat Completions; it edits by text"),
 }

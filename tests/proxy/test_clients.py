@@ -1,13 +1,11 @@
-"""The three dialects, as the official clients see them: whole and streamed answers, tools, errors."""
+"""The dialects, as the official clients see them: whole and streamed answers, tools, errors."""
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 from katcore.errors import ContextOverflowError, EngineBusyError, EngineError, RequestError
@@ -17,190 +15,14 @@ from katcore.proxy.session import Budget, Session, SessionSpec
 from katcore.schema.call import Message, ModelCall, Sampling, ToolCall
 from katcore.schema.rollout import ModelEndpoint
 from katcore.trajectory.calls import read_calls, read_failures
+from tests.proxy.clients import OPEN, PIXEL, SCHEMA, Chat, Gemini, Messages, Responses
 from tests.proxy.fakes import FakeEngine
 
-SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}}
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 LS = ToolCall("call_a", "bash", '{"command": "ls"}')
 CAT = ToolCall("call_b", "bash", '{"command": "cat é"}')
 
 
-_OPEN: list[Any] = []
-
-
-@dataclass
-class Said:
-    """An answer in nobody's dialect, as a client understood it."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
-    stop: str = ""
-    usage: tuple[int, int] = (0, 0)
-    raw: Any = None
-
-
-class Chat:
-    """OpenAI's client, Chat Completions."""
-
-    name = "chat-completions"
-    stops = ("stop", "tool_calls", "length")
-    errors: Any = openai
-
-    def __init__(self, endpoint: ModelEndpoint) -> None:
-        self.client: Any = openai.AsyncOpenAI(
-            base_url=f"{endpoint.base_url}/v1", api_key=endpoint.api_key, max_retries=0
-        )
-        _OPEN.append(self.client)
-        self.tools = [{"type": "function", "function": {"name": "bash", "parameters": SCHEMA}}]
-
-    def image(self) -> Any:
-        url = {"url": f"data:image/png;base64,{PIXEL}"}
-        return {"role": "user", "content": [{"type": "image_url", "image_url": url}]}
-
-    def echo(self, said: Said, *outputs: str) -> list[Any]:
-        message = said.raw if isinstance(said.raw, dict) else said.raw.model_dump()
-        results = [
-            {"role": "tool", "tool_call_id": call[0], "content": text}
-            for call, text in zip(said.calls, outputs, strict=True)
-        ]
-        return [message, *results]
-
-    async def say(self, messages: list[Any], *, stream: bool = False, **more: Any) -> Said:
-        create = self.client.chat.completions.create
-        given = {"model": "policy", "messages": messages, **more}
-        if stream:
-            return await self._streamed(await create(stream=True, **given))
-        answer = await create(**given)
-        (choice,) = answer.choices
-        usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
-        return Said(
-            choice.message.content or "",
-            getattr(choice.message, "reasoning_content", ""),
-            [
-                (call.id, call.function.name, json.loads(call.function.arguments))
-                for call in choice.message.tool_calls or ()
-            ],
-            choice.finish_reason,
-            usage,
-            choice.message,
-        )
-
-    async def _streamed(self, stream: Any) -> Said:
-        said, calls = Said(), dict[int, list[str]]()
-        async for chunk in stream:
-            for choice in chunk.choices:
-                said.text += choice.delta.content or ""
-                said.reasoning += getattr(choice.delta, "reasoning_content", "") or ""
-                for call in choice.delta.tool_calls or ():
-                    whole = calls.setdefault(call.index, [call.id or "", "", ""])
-                    whole[1] += call.function.name or ""
-                    whole[2] += call.function.arguments or ""
-                said.stop = choice.finish_reason or said.stop
-            if chunk.usage:
-                said.usage = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
-        said.calls = [(key, name, json.loads(text)) for key, name, text in calls.values()]
-        return said
-
-
-class Responses(Chat):
-    """OpenAI's client, Responses."""
-
-    name = "responses"
-    stops = ("completed", "completed", "incomplete")
-
-    def __init__(self, endpoint: ModelEndpoint) -> None:
-        super().__init__(endpoint)
-        self.tools = [{"type": "function", "name": "bash", "parameters": SCHEMA, "strict": False}]
-
-    def image(self) -> Any:
-        url = f"data:image/png;base64,{PIXEL}"
-        return {"role": "user", "content": [{"type": "input_image", "image_url": url}]}
-
-    def echo(self, said: Said, *outputs: str) -> list[Any]:
-        results = [
-            {"type": "function_call_output", "call_id": call[0], "output": text}
-            for call, text in zip(said.calls, outputs, strict=True)
-        ]
-        return [*(item.model_dump(exclude_none=True) for item in said.raw.output), *results]
-
-    async def say(self, messages: list[Any], *, stream: bool = False, **more: Any) -> Said:
-        given = {"model": "policy", "input": messages, **more}
-        if "max_tokens" in given:
-            given["max_output_tokens"] = given.pop("max_tokens")
-        if stream:
-            seen = [
-                event async for event in await self.client.responses.create(stream=True, **given)
-            ]
-            answer = seen[-1].response
-            if answer.status == "failed":
-                raise openai.APIError(answer.error.message, None, body=None)  # type: ignore[arg-type]
-            deltas = "".join(
-                item.delta for item in seen if item.type == "response.output_text.delta"
-            )
-            assert deltas == answer.output_text
-            assert [item.sequence_number for item in seen] == list(range(len(seen)))
-        else:
-            answer = await self.client.responses.create(**given)
-        said = Said(answer.output_text, stop=answer.status, raw=answer)
-        for item in answer.output:
-            if item.type == "function_call":
-                said.calls.append((item.call_id, item.name, json.loads(item.arguments)))
-            elif item.type == "reasoning":
-                said.reasoning = item.content[0].text
-        said.usage = (answer.usage.input_tokens, answer.usage.output_tokens)
-        return said
-
-
-class Messages:
-    """Anthropic's client."""
-
-    name = "anthropic-messages"
-    stops = ("end_turn", "tool_use", "max_tokens")
-    errors: Any = anthropic
-
-    def __init__(self, endpoint: ModelEndpoint) -> None:
-        self.client: Any = anthropic.AsyncAnthropic(
-            base_url=endpoint.base_url, auth_token=endpoint.api_key, api_key=None, max_retries=0
-        )
-        _OPEN.append(self.client)
-        self.tools = [{"name": "bash", "input_schema": SCHEMA}]
-
-    def image(self) -> Any:
-        source = {"type": "base64", "media_type": "image/png", "data": PIXEL}
-        return {"role": "user", "content": [{"type": "image", "source": source}]}
-
-    def echo(self, said: Said, *outputs: str) -> list[Any]:
-        results = [
-            {"type": "tool_result", "tool_use_id": call[0], "content": text}
-            for call, text in zip(said.calls, outputs, strict=True)
-        ]
-        content = [block.model_dump() for block in said.raw.content]
-        return [{"role": "assistant", "content": content}, {"role": "user", "content": results}]
-
-    async def say(self, messages: list[Any], *, stream: bool = False, **more: Any) -> Said:
-        given = {"model": "policy", "max_tokens": 1000, "messages": messages, **more}
-        if stream:
-            async with self.client.messages.stream(**given) as events:
-                deltas = "".join([text async for text in events.text_stream])
-                answer = await events.get_final_message()
-            assert deltas == "".join(block.text for block in answer.content if block.type == "text")
-        else:
-            answer = await self.client.messages.create(**given)
-        said = Said(stop=answer.stop_reason, raw=answer)
-        for block in answer.content:
-            if block.type == "text":
-                said.text += block.text
-            elif block.type == "thinking":
-                said.reasoning += block.thinking
-            else:
-                said.calls.append((block.id, block.name, block.input))
-        usage = answer.usage
-        said.usage = (usage.input_tokens + usage.cache_read_input_tokens, usage.output_tokens)
-        return said
-
-
-CLIENTS: list[Any] = [Chat, Responses, Messages]
+CLIENTS: list[Any] = [Chat, Responses, Messages, Gemini]
 USER = {"role": "user", "content": "hi"}
 
 
@@ -224,8 +46,8 @@ class Setting:
 async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
     async with Proxy(tmp_path / "calls.jsonl") as proxy:
         yield Setting(proxy, tmp_path / "calls.jsonl")
-    while _OPEN:
-        await _OPEN.pop().close()
+    while OPEN:
+        await OPEN.pop()()
 
 
 @pytest.fixture(params=CLIENTS, ids=[client.name for client in CLIENTS])
@@ -322,8 +144,11 @@ async def test_a_tool_call_without_an_id_gets_one(setting: Setting, dialect: Any
 
 async def test_models_are_listed(setting: Setting, dialect: Any) -> None:
     _, endpoint = setting.open(FakeEngine(), model="kat-1")
-    listed = await dialect(endpoint).client.models.list()
-    assert [model.id for model in listed.data] == ["kat-1"]
+    client = dialect(endpoint)
+    assert await client.models() == ["kat-1"]
+    assert await client.model("kat-1") == "kat-1"
+    with pytest.raises(client.errors.NotFoundError, match="ask for 'kat-1'"):
+        await client.model("kat-2")
 
 
 async def test_tokens_are_counted(setting: Setting) -> None:
@@ -331,6 +156,9 @@ async def test_tokens_are_counted(setting: Setting) -> None:
     client = Messages(endpoint).client
     counted = await client.messages.count_tokens(model="policy", messages=[USER], system="be brief")
     assert counted.input_tokens == len("SUA") + len("be brief") + len("hi") + 2
+    gemini = Gemini(endpoint).client
+    total = await gemini.aio.models.count_tokens(model="policy", contents="hi")
+    assert total.total_tokens == len("UA") + len("hi") + 1
     assert not session.calls
 
 
@@ -371,7 +199,7 @@ async def test_keys_models_and_bodies_that_are_not_right(setting: Setting, diale
         client.errors.NotFoundError, match="no model 'gpt-9' here; ask for 'policy'"
     ):
         await client.say([USER], model="gpt-9")
-    with pytest.raises(client.errors.BadRequestError, match=r"messages?\.(0\.)?role"):
+    with pytest.raises(client.errors.BadRequestError, match=r"(messages?|contents)\.(0\.)?role"):
         await client.say([{"role": "robot", "content": "x"}])
     with pytest.raises(client.errors.BadRequestError, match="temperature"):
         await client.say([USER], extra_body={"temperature": -1})
