@@ -65,8 +65,11 @@ async def learnt(
     settings = RlSettings(level="turn", epochs=2, minibatches=2, **changes)
     metrics = await Learner(trainer, settings, engine, seed=0, at_once=4).learn(samples)
     metrics.pop("tokens_per_s", None)
-    flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return flat, metrics
+    return weights(trainer.model), metrics
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("passes", [1, 8])
@@ -92,7 +95,9 @@ async def test_one_pass_of_the_trainer_is_its_recomputation(folder: Path) -> Non
     found, _ = await learnt(folder, samples, old="trainer", mcla=mcla)
     assert torch.equal(plain, found)
     several, metrics = await learnt(folder, samples, old="trainer", mcla={"place": "trainer"})
-    torch.testing.assert_close(plain, several, rtol=0, atol=1e-4)
+    # Passes round differently, and Adam makes a step of the rounding where a gradient is next to nothing.
+    moved = plain - weights(load_policy(folder))
+    assert (several - plain).norm() < 1e-3 * moved.norm()
     assert metrics["mcla_variance"] < 1e-10
     assert "mcla_common" not in metrics
 
