@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-_HERE = Path(__file__).parent
 NOT_RUN = "not run"
 """How the reason of a skip begins that a machine lacks something for; said again in the run's last lines."""
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-
+_HERE = Path(__file__).parent
 _MACHINES = {"kat_sandboxes", "rollout", "sandbox", "scaffold", "verifier"}
 """Folders of tests that mostly wait for machines. With two workers one does these, the other all else."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What starts vLLM has to be asked for: it needs an environment of its own."""
+    """Makes two groups, before xdist looks for them. What starts vLLM has to be asked for: it needs an
+    environment of its own.
+    """
     for item in items:
         folder = item.path.relative_to(_HERE).parts[0]
         item.add_marker(pytest.mark.xdist_group("machines" if folder in _MACHINES else "rest"))

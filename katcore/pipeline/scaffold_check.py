@@ -21,10 +21,7 @@ from katcore.proxy.server import Proxy
 from katcore.proxy.session import Budget
 from katcore.rollout.single import Attempt, Parts, run_rollout
 from katcore.sandbox.lease import open_backend
-from katcore.schema.call import (
-    ModelCall,
-    Sampling,
-)
+from katcore.schema.call import ModelCall, Sampling
 from katcore.schema.rollout import ExecResult, Installation, ModelEndpoint, Outcome, Rollout, Turn
 from katcore.schema.task import Task
 from katcore.trajectory.audit import audit_samples

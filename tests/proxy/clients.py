@@ -30,7 +30,19 @@ class Said:
     raw: Any = None
 
 
-class Chat:
+class _Lists:
+    """What OpenAI's and Anthropic's clients have in common."""
+
+    client: Any
+
+    async def models(self) -> list[str]:
+        return [model.id async for model in self.client.models.list()]
+
+    async def model(self, name: str) -> str:
+        return str((await self.client.models.retrieve(name)).id)
+
+
+class Chat(_Lists):
     """OpenAI's client, Chat Completions."""
 
     name = "chat-completions"
@@ -38,17 +50,11 @@ class Chat:
     errors: Any = openai
 
     def __init__(self, endpoint: ModelEndpoint) -> None:
-        self.client: Any = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             base_url=f"{endpoint.base_url}/v1", api_key=endpoint.api_key, max_retries=0
         )
         OPEN.append(self.client.close)
         self.tools = [{"type": "function", "function": {"name": "bash", "parameters": SCHEMA}}]
-
-    async def models(self) -> list[str]:
-        return [model.id async for model in self.client.models.list()]
-
-    async def model(self, name: str) -> str:
-        return str((await self.client.models.retrieve(name)).id)
 
     def image(self) -> Any:
         url = {"url": f"data:image/png;base64,{PIXEL}"}
@@ -148,7 +154,7 @@ class Responses(Chat):
         return said
 
 
-class Messages:
+class Messages(_Lists):
     """Anthropic's client."""
 
     name = "anthropic-messages"
@@ -156,17 +162,11 @@ class Messages:
     errors: Any = anthropic
 
     def __init__(self, endpoint: ModelEndpoint) -> None:
-        self.client: Any = anthropic.AsyncAnthropic(
+        self.client = anthropic.AsyncAnthropic(
             base_url=endpoint.base_url, auth_token=endpoint.api_key, api_key=None, max_retries=0
         )
         OPEN.append(self.client.close)
         self.tools = [{"name": "bash", "input_schema": SCHEMA}]
-
-    async def models(self) -> list[str]:
-        return [model.id async for model in self.client.models.list()]
-
-    async def model(self, name: str) -> str:
-        return str((await self.client.models.retrieve(name)).id)
 
     def image(self) -> Any:
         source = {"type": "base64", "media_type": "image/png", "data": PIXEL}

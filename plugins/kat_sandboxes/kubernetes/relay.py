@@ -144,7 +144,7 @@ class _Relay:
         while (left_s := heard_s + self._patience_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
             if self._stream:
-                heard_s = max(heard_s, self._stream.heard_s)
+                heard_s = self._stream.heard_s
         self._is_over.set()
 
     async def _from_machine(

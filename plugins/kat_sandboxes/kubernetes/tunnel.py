@@ -90,15 +90,16 @@ class Tunnel:
         serving = asyncio.create_task(self._link.serve(stream))
         began_s = loop.time()
         try:
-            ask_s = min(_ASK_S, self._patience_s / _ASKS)
-            while not (await asyncio.wait([serving], timeout=ask_s if self._heard_s else _GREET_S))[
-                0
-            ]:
+            while True:
+                ask_s = min(_ASK_S, self._patience_s / _ASKS) if self._heard_s else _GREET_S
+                done, _ = await asyncio.wait([serving], timeout=ask_s)
+                if done:
+                    serving.result()
+                    return
                 limit_s = _SILENT_S if self._heard_s else _GREET_S
                 if loop.time() - max(began_s, self._heard_s) >= limit_s:
                     return
                 self._link.ask()
-            serving.result()
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
