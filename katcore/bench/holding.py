@@ -24,8 +24,8 @@ from katcore.schema.task import SandboxSpec
 
 _OPENING = 16
 """How many are opened at once by all shards together."""
-_DESCRIPTORS = 4
-"""Of one sandbox: its channel and its door; and, in the process that starts it, its limits."""
+_DESCRIPTORS = 3
+"""Of one sandbox: its channel and its door; and, while it starts, its own end of the channel."""
 _KEPT_DESCRIPTORS = 256
 _KEPT_MIB = 2048
 """What is left to the machine: none is opened when less is available."""
@@ -37,8 +37,9 @@ _FEW = 500
 class Held:
     """Many at once: how many live, how many of them answered a command, and what each costs.
 
-    `mib_each` is what the machine had less of available, for each; `seconds_1000` the time to open a thousand
-    at that pace. `why` is what stopped it.
+    `mib_each` is what the machine had less of available, for each, when none had been asked for anything, and
+    `mib_asked` when all had been; `seconds_1000` the time to open a thousand at that pace. `why` is what
+    stopped it.
     """
 
     alive: int
@@ -46,6 +47,7 @@ class Held:
     doors: int
     shards: int
     mib_each: float
+    mib_asked: float
     seconds: float
     seconds_1000: float
     why: str = ""
@@ -76,8 +78,9 @@ async def hold(backend: str, environment: Path, num: int) -> Held:
         started_s = time.perf_counter()
         opened = await _tell(shards)
         seconds = time.perf_counter() - started_s
-        less = max(0, before - psutil.virtual_memory().available)
+        idle = max(0, before - psutil.virtual_memory().available)
         answered = await _tell(shards)
+        asked = max(0, before - psutil.virtual_memory().available)
     finally:
         for shard in shards:
             assert shard.stdin
@@ -89,7 +92,8 @@ async def hold(backend: str, environment: Path, num: int) -> Held:
         sum(item["answering"] for item in answered),
         sum(item["doors"] for item in opened),
         len(parts),
-        round(less / max(1, alive) / (1 << 20), 3),
+        round(idle / max(1, alive) / (1 << 20), 3),
+        round(asked / max(1, alive) / (1 << 20), 3),
         round(seconds, 2),
         round(1000 * seconds / max(1, alive), 1),
         next((item["why"] for item in opened if item["why"]), ""),

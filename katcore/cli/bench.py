@@ -296,7 +296,7 @@ def _print_sandbox(report: "SandboxReport") -> None:
             held = found.held
             facts: dict[str, Any] = {
                 "alive, answering, with a door": f"{held.alive}, {held.answering}, {held.doors}",
-                "memory of each, MiB": held.mib_each,
+                "memory of each, MiB, idle; and when asked": f"{held.mib_each}; {held.mib_asked}",
                 "seconds to open them, for a thousand": f"{held.seconds}, {held.seconds_1000}",
                 "stopped by": held.why or "nothing",
             }

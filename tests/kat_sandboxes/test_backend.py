@@ -11,6 +11,8 @@ import pytest
 
 from kat_sandboxes import reap
 from kat_sandboxes.local import LocalBackend, LocalConfig
+from katcore.errors import SandboxError, SandboxGoneError
+from katcore.sandbox.process import Process
 from katcore.schema.task import SandboxSpec
 from tests.kat_sandboxes.machines import environment, output, processes_with, wait_until
 
@@ -71,6 +73,27 @@ async def test_closed_it_leaves_no_process(tmp_path: Path) -> None:
         assert psutil.pid_exists(pid)
     await backend.close()
     assert not psutil.pid_exists(pid)
+
+
+async def test_when_what_they_are_forked_from_has_died_all_is_started_anew(tmp_path: Path) -> None:
+    backend = LocalBackend(LocalConfig(images=tmp_path / "images"))
+    spec = SandboxSpec(environment(tmp_path / "environment"))
+    async with backend.open(spec) as sandbox:
+        assert backend._process
+        first = Process.parse(sandbox.handle()).pid
+        children = psutil.Process(backend._process.pid).children()
+        (template,) = (item for item in children if item.pid != first)
+        template.kill()
+        with pytest.raises(SandboxError):
+            async with backend.open(spec):
+                pass
+        with pytest.raises(SandboxGoneError):  # it goes with the rest
+            await sandbox.exec(["true"])
+    await wait_until(lambda: backend._process is None or backend._process.poll() is not None)
+    async with backend.open(spec) as sandbox:
+        assert await output(sandbox, "echo again") == "again"
+    await backend.close()
+    assert not processes_with(backend.mark())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user is what runs all other tests")

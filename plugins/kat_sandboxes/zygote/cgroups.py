@@ -20,7 +20,7 @@ class Groups:
     parents: dict[str, str] = field(default_factory=dict)
     _free: list[str] = field(default_factory=list)
     _limits: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _doors: dict[str, list[int]] = field(default_factory=dict)
+    _num_made: int = 0
     _kills: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -63,13 +63,10 @@ class Groups:
         self._kills[name] = self._count_kills(name)
         return self._kills[name] > before
 
-    def join(self, name: str) -> None:
-        """Move this process into a group."""
-        for door in self._doors.get(name, ()):
-            os.write(door, b"0")
-        for doors in self._doors.values():
-            for door in doors:
-                os.close(door)
+    def doors(self, name: str) -> list[str]:
+        """The files by which a process joins a group."""
+        parents = dict.fromkeys(self.parents.values()) if name else ()
+        return [f"{parent}/{name}/cgroup.procs" for parent in parents]
 
     def remove(self) -> None:
         """Remove all groups, those too that an earlier process of the same name made. None is in use."""
@@ -89,12 +86,19 @@ class Groups:
             return 0
 
     def _make(self) -> str:
-        name = str(len(self._doors))
-        folders = [f"{parent}/{name}" for parent in dict.fromkeys(self.parents.values())]
-        for folder in folders:
-            os.makedirs(folder, exist_ok=True)
-        self._doors[name] = [os.open(f"{folder}/cgroup.procs", os.O_WRONLY) for folder in folders]
+        name = str(self._num_made)
+        for parent in dict.fromkeys(self.parents.values()):
+            os.makedirs(f"{parent}/{name}", exist_ok=True)
+        self._num_made += 1
         return name
+
+
+def join(doors: list[str]) -> None:
+    """Move this process into the groups of these files."""
+    for door in doors:
+        file = os.open(door, os.O_WRONLY)
+        os.write(file, b"0")
+        os.close(file)
 
 
 def _write(path: str, text: str) -> None:

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
-from kat_sandboxes.zygote import files, frame, kernel, live, machine, warm
+from kat_sandboxes.zygote import cgroups, files, frame, kernel, live, machine, warm
 
 _MASKED = (
     "kallsyms", "keys", "key-users", "kpagecgroup", "kpagecount", "kpageflags", "pagetypeinfo", "slabinfo",
@@ -52,31 +53,62 @@ def build_root(spec: dict[str, Any]) -> tuple[int, list[int]]:
 def run(channel: socket.socket, spec: dict[str, Any]) -> None:
     """The whole life of a sandbox. Never returns."""
     try:
-        # The server has a descriptor or two for each sandbox; here, all have to be ones that select(2) takes.
-        low = channel.dup()
-        channel.close()
-        channel = low
         kernel.die_with_parent()
+        cgroups.join(spec["groups"])
         os.setsid()
-        socket.sethostname("sandbox")
-        upper, lowers = build_root(spec)
-        kernel.loopback_up()
-        listener = socket.create_server(("127.0.0.1", warm.PORT), backlog=64)
-        doors = machine.doors(spec)
+        upper, listener, door, *lowers = made_apart(channel, lambda: _set_up(spec))
         machine.limit(spec["disk_mib"])
         kernel.drop_privileges()
         machine.lock()
+        doors = [door] if door >= 0 else []
+        socket.send_fds(channel, [frame.pack({"ok": True})], doors)
+        for number in doors:
+            os.close(number)
+        channel.recv(1, socket.MSG_PEEK)  # the rest is made when it is asked for something
         root = files.Root(upper, lowers)
-        python = warm.Python(listener, (channel, root), tuple(spec["interpreter"]))
+        python = warm.Python(
+            socket.socket(fileno=listener), (channel, root), tuple(spec["interpreter"])
+        )
         served = machine.Machine(channel, spec, lambda _: root.changes(), python)
-        socket.send_fds(channel, [frame.pack({"ok": True})], [door.fileno() for door in doors])
-        for door in doors:
-            door.close()
         served.serve()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
         with contextlib.suppress(OSError):
             channel.sendall(frame.failed(error))
     os._exit(0)
+
+
+def made_apart(channel: socket.socket, make: Callable[[], list[int]]) -> list[int]:
+    """The descriptors that `make` opens, called in a process that shares nothing but these and the root.
+
+    The memory that Python writes to on the way goes with that process. If it fails it says so to `channel`,
+    and this one ends too.
+    """
+    end, theirs = os.pipe()
+    pid = kernel.fork_into(kernel.SAME_FILES | kernel.SAME_ROOT)
+    if pid == 0:
+        try:
+            os.write(theirs, b" ".join(b"%d" % number for number in make()))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the other end has to hear of it
+            with contextlib.suppress(OSError):
+                channel.sendall(frame.failed(error))
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        os._exit(0)
+    found = [int(number) for number in os.read(end, 4096).split()]
+    os.close(end)
+    os.close(theirs)
+    return found
+
+
+def _set_up(spec: dict[str, Any]) -> list[int]:
+    """Build the root and what listens in it: the upper folder, warm Python, the door or -1, lower folders."""
+    socket.sethostname("sandbox")
+    upper, lowers = build_root(spec)
+    kernel.loopback_up()
+    listener = socket.create_server(("127.0.0.1", warm.PORT), backlog=64)
+    door = [item.detach() for item in machine.doors(spec)] or [-1]
+    return [upper, listener.detach(), *door, *lowers]
 
 
 def grade(channel: socket.socket, spec: dict[str, Any]) -> None:

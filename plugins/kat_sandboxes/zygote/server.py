@@ -11,14 +11,15 @@ import socket
 import sys
 from typing import Any
 
-from kat_sandboxes.zygote import cgroups, frame, kernel, sandbox, warm
-
-_NAMESPACES = kernel.NEW_NS | kernel.NEW_PID | kernel.NEW_UTS | kernel.NEW_IPC | kernel.NEW_NET
+from kat_sandboxes.zygote import cgroups, frame, kernel, sandbox, template, warm
 
 
 def main() -> None:
     """Serve requests that arrive on file descriptor 0."""
     requests = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
     settings = json.loads(requests.recv(1 << 16) or b"{}")
     kernel.die_with_parent()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -28,16 +29,16 @@ def main() -> None:
         groups = cgroups.Groups.find(settings["name"])
         enter(settings)
         preload(settings["interpreter"])
+        kernel.become_subreaper()
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        server = Server(requests, settings, groups, template.start(requests))
     except OSError as error:
         requests.send(json.dumps({"error": str(error)}).encode())
         return
-    kernel.become_subreaper()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     requests.send(json.dumps({"limits": groups.kind}).encode())
-    server = Server(requests, settings, groups)
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, ChildProcessError):
         server.serve()
     server.end_all()
     groups.remove()
@@ -93,8 +94,13 @@ class Server:
     """Opens a sandbox per request, and ends it when told."""
 
     def __init__(
-        self, requests: socket.socket, settings: dict[str, Any], groups: cgroups.Groups
+        self,
+        requests: socket.socket,
+        settings: dict[str, Any],
+        groups: cgroups.Groups,
+        forks: socket.socket,
     ) -> None:
+        self._forks = forks
         self._requests = requests
         self._settings = settings
         self._groups = groups
@@ -122,18 +128,17 @@ class Server:
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
         spec = {key: self._settings[key] for key in ("shared", "interpreter", "overlay")} | request
         group = self._groups.take(request["memory_mib"], request["max_processes"])
-        try:
-            pid = kernel.fork_into(_NAMESPACES)
-        except OSError as error:
-            channel.sendall(frame.failed(error))
-            self._groups.give_back(group)
-        else:
-            if pid == 0:
-                self._requests.close()
-                self._groups.join(group)
-                sandbox.run(channel, spec)
-            self._open[request["id"]] = (pid, group)
-        channel.close()
+        spec["groups"] = self._groups.doors(group)
+        with channel:
+            try:
+                pid = template.fork(self._forks, spec, channel.fileno())
+            except ChildProcessError:
+                raise
+            except OSError as error:
+                channel.sendall(frame.failed(error))
+                self._groups.give_back(group)
+            else:
+                self._open[request["id"]] = (pid, group)
 
     def _grade(self, request: dict[str, Any], channel: socket.socket) -> None:
         """Start the grader of an open sandbox, in its namespaces."""
@@ -147,7 +152,7 @@ class Server:
                     pid = os.fork()
                     if pid == 0:
                         self._requests.close()
-                        self._groups.join(group)
+                        cgroups.join(self._groups.doors(group))
                         sandbox.grade(channel, request)
                 finally:
                     kernel.enter_namespaces(os.getpid(), kernel.NEW_PID)
