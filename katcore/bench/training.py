@@ -1,7 +1,7 @@
 """`kat bench tree`: a step on a token tree beside the same step on its branches, and the bound of it.
 
-Each tree is run in four ways, in turn: whole, in parts, its branches packed end to end, and its branches
-padded. All have the same loss, which is checked.
+Each tree is run in four ways, in turn: as a run does it (whole, up to so many tokens), in small parts, its
+branches packed end to end, and its branches padded. All have the same loss, which is checked.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ _CALLS = {"agent": 12, "agent, long": 30}
 class Settings:
     """How many tokens a tree has, how often each way is timed, and the model.
 
-    `max_tokens` bounds a pass over branches, as `micro_batch_tokens` does in a run.
+    `max_tokens` bounds what is computed at once, as `micro_batch_tokens` does in a run.
     """
 
     tokens: int = 2048
@@ -110,7 +110,7 @@ def _trees(tokens: int, vocabulary: int) -> Iterator[tuple[str, Sample]]:
 
 def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:
     ways = {
-        "tree": as_tree(sample),
+        "tree": as_tree(sample, settings.max_tokens),
         "parts": in_parts(sample),
         "packed": in_packed(sample, settings.max_tokens),
         "padded": in_padded(sample, settings.max_tokens),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -72,10 +72,7 @@ def proxy(  # noqa: PLR0913 - a command has as many options as it has
         )
         with bar(settings.num_runs) as step:
             report = asyncio.run(measured.run(settings, home() / "bench", say, step))
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_proxy(report)
+        tell(report, _print_proxy, as_json=as_json)
         raise typer.Exit(int(not report.is_lossless))
 
 
@@ -93,10 +90,7 @@ def trajectories(
         settings = measured.Settings(calls, turns, rounds)
         with bar(settings.num_parts) as step:
             report = asyncio.run(measured.run(settings, home() / "bench", step))
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_trajectories(report)
+        tell(report, _print_trajectories, as_json=as_json)
 
 
 @bench.command("sandbox")
@@ -124,10 +118,7 @@ def sandbox(
         with bar(settings.num_parts) as step:
             installed = Plugins.installed()
             report = asyncio.run(measured.run(settings, home() / "bench", installed, step))
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_sandbox(report)
+        tell(report, _print_sandbox, as_json=as_json)
         raise typer.Exit(int(not report.is_sound))
 
 
@@ -147,11 +138,26 @@ def fleet(
             raise ConfigError(f"--lost {lost}: of {nodes} nodes, one at least has to stay")
         settings = measured.Settings(sandboxes, nodes, lost, seed=seed)
         report = measured.run(settings, home() / "bench")
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_fleet(report)
+        tell(report, _print_fleet, as_json=as_json)
         raise typer.Exit(int(not report.is_sound))
+
+
+class Report(Protocol):
+    """What a benchmark found."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+
+
+ReportT = TypeVar("ReportT", bound=Report)
+
+
+def tell(report: ReportT, show: Callable[[ReportT], None], *, as_json: bool) -> None:
+    """On standard output, for machines or for people."""
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        show(report)
 
 
 def _litellm(given: Path | None) -> Path:

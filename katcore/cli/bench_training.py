@@ -1,13 +1,12 @@
 """`kat bench tree` and `kat bench train`: steps of training beside others in the same run."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from katcore.cli.bench import AsJson, bar, bench, print_aims
+from katcore.cli.bench import AsJson, bar, bench, print_aims, tell
 from katcore.cli.common import errors_said, out, own_output
 
 if TYPE_CHECKING:
@@ -40,10 +39,7 @@ def tree(
             report = measured.run(settings, step)
         if plot:
             plot.write_text(_picture(report))
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_tree(report)
+        tell(report, _print_tree, as_json=as_json)
 
 
 @bench.command("train")
@@ -62,10 +58,7 @@ def train(
             settings = measured.Settings(tokens, rounds, hidden, layers)
             with bar(settings.num_parts) as step:
                 report = measured.run(settings, step)
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print_update(report)
+        tell(report, _print_update, as_json=as_json)
 
 
 def _print_tree(report: "TreeReport") -> None:

@@ -91,9 +91,9 @@ class Steps:
         return found
 
 
-def as_tree(tree: Sample) -> Way:
-    """The tree in one pass."""
-    return Way([[tree]], packed)
+def as_tree(tree: Sample, max_tokens: int = 0) -> Way:
+    """The tree in one pass; in parts, as in a run, if it has more than `max_tokens`, where that is not 0."""
+    return Way([[tree]], packed, held_tokens=max_tokens if len(tree.tokens) > max_tokens else 0)
 
 
 def in_parts(tree: Sample) -> Way:
