@@ -35,7 +35,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    requests.send(json.dumps({"limits": groups.kind}).encode())
+    limits = {"limits": groups.kind, "has_cpu": groups.has_cpu, "note": groups.note}
+    requests.send(json.dumps(limits).encode())
     server = Server(requests, settings, groups)
     with contextlib.suppress(ConnectionError):
         server.serve()
@@ -121,8 +122,9 @@ class Server:
 
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
         spec = {key: self._settings[key] for key in ("shared", "interpreter", "overlay")} | request
-        group = self._groups.take(request["memory_mib"], request["max_processes"])
+        group = ""
         try:
+            group = self._groups.take(cgroups.Limits(**request["limits"]))
             pid = kernel.fork_into(_NAMESPACES)
         except OSError as error:
             channel.sendall(frame.failed(error))
