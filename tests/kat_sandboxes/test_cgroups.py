@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kat_sandboxes import reap
+from kat_sandboxes import capacity, reap
 from kat_sandboxes.local import LocalBackend, LocalConfig
 from kat_sandboxes.zygote import hierarchy
 from kat_sandboxes.zygote.cgroups import Groups, Limits
@@ -178,6 +178,15 @@ def test_what_cannot_be_is_said(machine: Machine) -> None:
     machine.add("", has="cpu")
     with pytest.raises(OSError, match="lacks the controllers: memory, pids"):
         hierarchy.make("x", ("memory", "pids"), "/")
+
+
+@pytest.mark.parametrize(
+    ("task", "most", "expected"), [(0, 0, 0), (2, 0, 2), (0, 1.5, 1.5), (2, 1.5, 1.5), (1, 1.5, 1)]
+)
+def test_a_task_s_cores_are_bounded_by_the_backend_s(
+    tmp_path: Path, task: float, most: float, expected: float
+) -> None:
+    assert capacity.cores(SandboxSpec(tmp_path, cpus=task), most) == expected
 
 
 def test_where_there_are_no_groups_it_is_said_once(

@@ -5,6 +5,7 @@ one is clean pages of files, which the kernel takes back when the next one needs
 """
 
 import contextlib
+import glob
 import os
 from dataclasses import dataclass, field, replace
 
@@ -52,10 +53,11 @@ class Groups:
                 return cls("v2", dict.fromkeys(("memory", "pids"), parent), has_cpu)
             parents = {item: f"{BASE}/{item}/{name}" for item in ("memory", "pids")}
             for parent in parents.values():
+                hierarchy.check(os.path.dirname(parent))
                 os.makedirs(parent, exist_ok=True)
         except OSError as error:
             return cls("none", note=str(error))
-        return cls("v1", parents, os.access(f"{BASE}/cpu", os.W_OK))
+        return cls("v1", parents, os.access(f"{BASE}/cpu/cpu.cfs_quota_us", os.W_OK))
 
     def take(self, limits: Limits) -> str:
         """A group with these limits.
@@ -98,12 +100,10 @@ class Groups:
 
     def remove(self) -> None:
         """Remove all groups, those too that an earlier process of the same name made. None is in use."""
-        for parent in dict.fromkeys(self.parents.values()):
-            with contextlib.suppress(OSError):
-                for entry in os.scandir(parent):
-                    if entry.is_dir():
-                        os.rmdir(entry.path)
-                os.rmdir(parent)
+        for parent in set(self.parents.values()):
+            for folder in (*glob.glob(f"{parent}/*/"), parent):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
 
     def _with_cpu(self) -> str:
         """Only once it is asked for: what shares cores has to be weighed against all else on the machine."""
@@ -149,10 +149,12 @@ class Groups:
         self._limits[name] = limits
 
     def _count_kills(self, name: str) -> int:
-        file = "memory.events" if self.kind == "v2" else "memory.oom_control"
+        # Version 2 tells its own limit from that of a group above, or of the machine, which is not its fault.
+        v2 = ("memory.events", "oom ")
+        file, key = v2 if self.kind == "v2" else ("memory.oom_control", "oom_kill ")
         try:
             with open(f"{self.parents['memory']}/{name}/{file}") as lines:
-                return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+                return int(next(line for line in lines if line.startswith(key)).split()[1])
         except (OSError, StopIteration):
             return 0
 

@@ -57,6 +57,11 @@ def make(name: str, wanted: tuple[str, ...], near: str) -> str:
     raise failure
 
 
+def check(folder: str) -> None:
+    """Raise OSError unless processes may be moved below a folder: a right where their paths part."""
+    os.close(os.open(f"{folder}/cgroup.procs", os.O_WRONLY))
+
+
 def controllers(folder: str) -> list[str]:
     """Those that can limit the subgroups of a folder."""
     return read(f"{folder}/cgroup.controllers").split()
@@ -102,8 +107,7 @@ def _is_delegated(folder: str) -> bool:
 
 
 def _make(folder: str, name: str, wanted: tuple[str, ...]) -> str:
-    # Whoever moves a process needs this right where the two groups' paths part.
-    os.close(os.open(f"{folder}/cgroup.procs", os.O_WRONLY))
+    check(folder)
     if missing := set(wanted) - set(controllers(folder)):
         raise FileNotFoundError(f"{folder} lacks the controllers: {', '.join(sorted(missing))}")
     if not _may_have_groups(folder):
