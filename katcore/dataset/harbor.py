@@ -135,6 +135,7 @@ def read_task(directory: Path) -> Task:
             sandbox=SandboxSpec(
                 directory / "environment",
                 memory_mib=int(environment.get("memory_mb", 512)),
+                cpus=float(environment.get("cpus", 0)),
                 keeps_history=_flag(metadata, "keep_git_history"),
             ),
             group=str(metadata.get("group", "")),

@@ -16,13 +16,15 @@ class SandboxSpec:
     (`SupportsSnapshot`). `tools` is a folder of the host that is shown, read-only, as /opt/scaffold.
     `has_door`: its loopback has a port behind which the host may serve it (`SupportsDoor`). `serves` names
     the rollout, for the ledger and for labels. What git repositories know beyond their HEAD is not in it,
-    unless it `keeps_history`. One that `is_live` can be judged while it runs (`SupportsLive`).
+    unless it `keeps_history`. One that `is_live` can be judged while it runs (`SupportsLive`). It has at most
+    the time of `cpus` cores (0: of all).
     """
 
     environment: Path
     memory_mib: int = 512
     max_processes: int = 128
     disk_mib: int = 256
+    cpus: float = 0.0
     tools: Path | None = None
     has_door: bool = False
     serves: str = ""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import platform
 import secrets
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from kat_sandboxes import capacity, grading, host, reap
 from kat_sandboxes.client import START_TIMEOUT_S, ChannelSandbox
@@ -41,7 +42,9 @@ from katcore.schema.capacity import Capacity
 from katcore.schema.lease import Holder, Lease
 from katcore.schema.task import SandboxSpec
 
+_LOG = logging.getLogger(__name__)
 _BUSY_S = 0.002
+_REMEDY = "; see docs/how-to/sandboxes.md, Limits"
 _PLAIN = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -55,13 +58,14 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kat_sandboxes.zygote.
 class LocalConfig(BaseModel):
     """Options of the local backend. `images`: the image store; `scaffolds`: where they are installed.
 
-    Both are in katcore's home by default.
+    Both are in katcore's home by default. `cpus` bounds the cores of one sandbox (0: no bound).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: Path | None = None
     scaffolds: Path | None = None
+    cpus: float = Field(default=0.0, ge=0)
 
 
 class LocalSandbox(ChannelSandbox):
@@ -121,6 +125,7 @@ class LocalBackend:
         self._images = (config.images or home() / "images").resolve()
         self._store = ImageStore(self._images, self._mark)
         self._scaffolds = (config.scaffolds or home() / "scaffolds").resolve()
+        self._cpus = config.cpus
         self._start_lock = asyncio.Lock()
         self._end_lock = asyncio.Lock()
         self._build_lock = asyncio.Lock()
@@ -129,7 +134,10 @@ class LocalBackend:
         self._bases: dict[bool, str] = {}
         self._snapshots: dict[str, Image] = {}
         self._ids = itertools.count()
+        self._unsaid = {"limits", "cpus"}
         self.limits = "none"
+        """Which cgroups hold sandboxes to their limits: "v2", "v1", or "none"."""
+        self.has_cpu_limit = False
 
     def open(self, spec: SandboxSpec) -> contextlib.AbstractAsyncContextManager[Sandbox]:
         """See `SandboxBackend.open`."""
@@ -195,8 +203,7 @@ class LocalBackend:
             "layers": [*map(str, self._store.folders(image)), self._bases[image.is_whole]],
             "env": (_PLAIN if image.is_whole else _environment()) | image.env | _live(spec),
             "workdir": image.workdir,
-            "memory_mib": spec.memory_mib,
-            "max_processes": spec.max_processes,
+            "limits": self._limits(spec),
             "disk_mib": spec.disk_mib,
             "tools": self._tools(spec),
             "has_door": spec.has_door,
@@ -232,6 +239,22 @@ class LocalBackend:
             "disk_mib": spec.disk_mib,
         }
         await self._send(json.dumps(request).encode(), [channel.fileno()])
+
+    def _limits(self, spec: SandboxSpec) -> dict[str, float]:
+        cpus = capacity.cores(spec, self._cpus)
+        if cpus and not self.has_cpu_limit:
+            self._say("cpus", f"sandboxes are not held to {cpus:g} cores here{_REMEDY}")
+        return {
+            "memory_mib": spec.memory_mib,
+            "max_processes": spec.max_processes,
+            "cpus": cpus,
+        }
+
+    def _say(self, what: str, text: str) -> None:
+        """Once."""
+        if what in self._unsaid:
+            self._unsaid.remove(what)
+            _LOG.warning(text)
 
     def _tools(self, spec: SandboxSpec) -> str:
         """The scaffold's folder as the server sees it."""
@@ -349,7 +372,9 @@ class LocalBackend:
                 " user namespaces for ordinary users (sysctl kernel.unprivileged_userns_clone=1)"
             )
         self._requests = requests
-        self.limits = answer["limits"]
+        self.limits, self.has_cpu_limit = answer["limits"], answer["has_cpu"]
+        if answer["note"]:
+            self._say("limits", f"sandboxes are not held to limits here: {answer['note']}{_REMEDY}")
 
     def _settings(self) -> dict[str, Any]:
         tools = host.tools(self._images, self._mark)

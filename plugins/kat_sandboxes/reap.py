@@ -54,8 +54,12 @@ def _marked(mark: str) -> Iterator[Process]:
 
 
 def _groups(mark: str) -> Iterator[Path]:
-    for place in map(Path, cgroups.PLACES):
-        yield from (path for path in (place / mark, *place.glob(f"*/{mark}")) if path.is_dir())
+    """Wherever in a hierarchy they are: that depended on where the process was that made them."""
+    for place in cgroups.PLACES:
+        for folder, names, _ in os.walk(place):
+            if mark in names:
+                yield Path(folder, mark)
+            names[:] = [name for name in names if not name.startswith("katcore-")]
 
 
 def _remove_group(group: Path, until_s: float) -> None:

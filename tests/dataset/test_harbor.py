@@ -40,9 +40,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (task.id, task.domain, task.prompt, task.group) == ("t1", "swe", "Fix it.\n", "g")
     assert (task.split, task.timeout_s, task.traits) == ("held-out", 12.5, {"a": "1", "b": "2"})
     assert task.sandbox.environment == directory / "environment"
-    assert task.sandbox.memory_mib == 256
+    assert (task.sandbox.memory_mib, task.sandbox.cpus) == (256, 0)
     assert (directory / "environment/sub/file").read_bytes() == b"\0\xff"
     assert (directory / "tests/expected/a").read_bytes() == b"a"
+
+
+def test_the_cores_of_a_task_are_its_sandbox_s(tmp_path: Path) -> None:
+    directory = write_task(tmp_path, "train", DRAFT)
+    with (directory / "task.toml").open("a") as file:
+        file.write("cpus = 2\n")
+    assert read_task(directory).sandbox.cpus == 2
 
 
 def test_demonstrations_come_back_and_the_first_is_the_solution(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class EngineKubelet:
 
     def _settings(self, pod: Json, item: Json, network: str) -> Json:
         security = item["securityContext"]
-        memory = int(item["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
+        limits = item["resources"]["limits"]
+        memory = int(limits["memory"].removesuffix("Mi")) << 20
         folder = self._folder / pod["metadata"]["name"]
         mounts = [
             {
@@ -113,6 +114,7 @@ class EngineKubelet:
                 "ReadonlyRootfs": security.get("readOnlyRootFilesystem", False),
                 "Memory": memory,
                 "MemorySwap": memory,
+                "NanoCpus": int(float(limits.get("cpu", 0)) * 1e9),
                 "LogConfig": {"Type": "json-file"},
                 "Mounts": mounts,
             },

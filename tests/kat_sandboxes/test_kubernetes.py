@@ -320,7 +320,7 @@ async def test_the_manifest_locks_the_pod_up(cluster: Cluster, tmp_path: Path) -
     (tmp_path / "Dockerfile").write_text("FROM debian:12\n")
     options = {"pull_secrets": ("mine",), "runtime_class": "gvisor", "user": 1000}
     backend = KubernetesBackend(CONFIG.model_copy(update=options))
-    made = json.loads(await backend.manifest(SandboxSpec(tmp_path, memory_mib=100, serves="r/1")))
+    made = json.loads(await backend.manifest(SandboxSpec(tmp_path, 100, cpus=0.05, serves="r/1")))
     await backend.close()
     policy, pod = made["items"]
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
@@ -341,6 +341,8 @@ async def test_the_manifest_locks_the_pod_up(cluster: Cluster, tmp_path: Path) -
         assert container["image"].startswith("registry.test/katcore/")
     sandbox = next(item for item in spec["containers"] if item["name"] == "sandbox")
     assert sandbox["resources"]["limits"]["memory"] == "100Mi"
+    # A request of more than the limit is refused.
+    assert {sandbox["resources"][kind]["cpu"] for kind in ("requests", "limits")} == {"0.05"}
     assert all(mount["readOnly"] for mount in sandbox["volumeMounts"])
     assert not cluster.pods
     assert not cluster.seen

@@ -41,7 +41,8 @@ class Declared:
     has_memory_limit = True
     has_process_limit = True
     has_disk_limit = True
-    """It holds a sandbox to its `memory_mib`, `max_processes` and, all files together, `disk_mib`."""
+    has_cpu_limit = True
+    """It holds a sandbox to its `memory_mib`, `max_processes`, all files together `disk_mib`, and `cpus`."""
     has_visible_processes = True
     """Its processes are among those of the machine that the tests run on."""
 

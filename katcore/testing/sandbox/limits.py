@@ -33,9 +33,22 @@ while True:
         time.sleep(0.01)
 """
 
+_BUSY = """
+import os, resource, time
+start = time.monotonic()
+child = os.fork()
+while time.monotonic() < start + 2:
+    pass
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(sum(item.ru_utime + item.ru_stime for item in used) / (time.monotonic() - start))
+"""
+
 
 class Limits(Declared):
-    """Memory, processes and disk, as the spec says."""
+    """Memory, processes, disk and cores, as the spec says."""
 
     @needs("has_memory_limit")
     async def test_beyond_its_memory_a_command_is_killed_and_the_sandbox_lives(
@@ -96,3 +109,10 @@ class Limits(Declared):
                 await sandbox.write(f"{self.workdir}/big", bytes(16 << 20))
             await sandbox.write(f"{self.workdir}/big", b"small")
             assert await sandbox.read(f"{self.workdir}/big") == b"small"
+
+    @needs("has_cpu_limit")
+    async def test_all_its_processes_together_have_the_time_of_its_cores(
+        self, backend: SandboxBackend, spec: SandboxSpec
+    ) -> None:
+        async with backend.open(replace(spec, cpus=0.5)) as sandbox:
+            assert 0.1 < float((await python(sandbox, _BUSY)).stdout) < 0.75

@@ -132,7 +132,7 @@ class DockerBackend:
             )
         with no_room_said():
             await self._prepare()
-            shape = Shape.of(spec, await self._image(spec))
+            shape = Shape.of(spec, await self._image(spec), self._config.cpus)
         started, sandbox = await self._enter(shape, spec)
         try:
             yield sandbox
@@ -224,7 +224,6 @@ class DockerBackend:
         settings = container.settings(shape, self._agent, folder, mounts)
         own = settings["HostConfig"]
         own |= {"Runtime": self._config.runtime} if self._config.runtime else {}
-        own |= {"NanoCpus": int(self._config.cpus * 1e9)} if self._config.cpus else {}
         labels = {MARK: self._mark, "katcore.serves": serves}
         size = {"StorageOpt": {"size": f"{shape.disk_mib}m"}} if self.has_disk_limit else {}
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kat_sandboxes import failure, grading
+from kat_sandboxes import capacity, failure, grading
 from kat_sandboxes.client import ChannelSandbox
 from kat_sandboxes.docker import bundle
 from kat_sandboxes.docker.engine import Engine, binds
@@ -24,6 +24,7 @@ from katcore.schema.task import SandboxSpec
 _CHANNEL = "/.kat/channel"
 SOCKET, GRADER_SOCKET = "socket", "grader"
 _SHARED_MEMORY_MIB = 64
+_PERIOD_US = 100_000
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -35,14 +36,16 @@ class Shape:
     memory_mib: int
     max_processes: int
     disk_mib: int
+    cpus: float
     tools: Path | None
     is_live: bool
 
     @classmethod
-    def of(cls, spec: SandboxSpec, image: Built) -> "Shape":
+    def of(cls, spec: SandboxSpec, image: Built, most_cpus: float = 0.0) -> "Shape":
         """The shape of what a spec asks for."""
         tools = spec.tools.resolve() if spec.tools else None
-        return cls(image, spec.memory_mib, spec.max_processes, spec.disk_mib, tools, spec.is_live)
+        sizes = spec.memory_mib, spec.max_processes, spec.disk_mib
+        return cls(image, *sizes, capacity.cores(spec, most_cpus), tools, spec.is_live)
 
 
 class DockerSandbox(ChannelSandbox):
@@ -176,6 +179,9 @@ def settings(shape: Shape, agent: Path, channel: Path, mounts: dict[str, str]) -
             "PidsLimit": shape.max_processes,
             "Memory": memory,
             "MemorySwap": memory,
+            # Not NanoCpus: more of those than the machine has cores are an error.
+            "CpuPeriod": _PERIOD_US if shape.cpus else 0,
+            "CpuQuota": int(shape.cpus * _PERIOD_US),
             "ShmSize": min(_SHARED_MEMORY_MIB, shape.disk_mib) << 20,
             "LogConfig": {"Type": "none"},
             "Mounts": [*binds(shown), _own_hosts(channel)],

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
+from kat_sandboxes import capacity
 from kat_sandboxes.harbor.config import HarborConfig
 from katcore.errors import ConfigError, SandboxUnavailableError
 from katcore.schema.task import SandboxSpec
@@ -76,8 +77,9 @@ class _Harbor:
             ) from error
         modes = self._task.NetworkMode
         mode = modes.PUBLIC if self._config.has_network else modes.NO_NETWORK
+        cpus = capacity.cores(spec, self._config.cpus)
         wanted = self._task.EnvironmentConfig(
-            memory_mb=spec.memory_mib, storage_mb=spec.disk_mib, cpus=self._config.cpus or None
+            memory_mb=spec.memory_mib, storage_mb=spec.disk_mib, cpus=cpus or None
         )
         try:
             made: Environment = self._factory.EnvironmentFactory.create_environment(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kat_sandboxes import capacity
 from kat_sandboxes.docker import bundle
 from kat_sandboxes.docker.engine import MARK
 from kat_sandboxes.kubernetes import relay
@@ -100,6 +101,7 @@ def _sandbox(spec: SandboxSpec, images: Images, config: KubernetesConfig) -> dic
     }
     if config.user is not None:
         security |= {"runAsUser": config.user, "runAsNonRoot": config.user != 0}
+    cpus = capacity.cores(spec, config.cpus)
     size = {
         "memory": f"{spec.memory_mib}Mi",
         "ephemeral-storage": f"{spec.disk_mib + _SPARE_MIB}Mi",
@@ -120,8 +122,8 @@ def _sandbox(spec: SandboxSpec, images: Images, config: KubernetesConfig) -> dic
         # Of the image's variables, this one would reach into the agent.
         "env": [{"name": "LD_PRELOAD", "value": ""}],
         "resources": {
-            "requests": {**size, "cpu": str(config.cpu_request)},
-            "limits": {**size, **({"cpu": str(config.cpus)} if config.cpus else {})},
+            "requests": {**size, "cpu": str(min(config.cpu_request, cpus or config.cpu_request))},
+            "limits": {**size, **({"cpu": str(cpus)} if cpus else {})},
         },
         "securityContext": security,
         "volumeMounts": mounts,

@@ -37,7 +37,8 @@ def main() -> None:
     except OSError as error:
         requests.send(json.dumps({"error": str(error)}).encode())
         return
-    requests.send(json.dumps({"limits": groups.kind}).encode())
+    limits = {"limits": groups.kind, "has_cpu": groups.has_cpu, "note": groups.note}
+    requests.send(json.dumps(limits).encode())
     with contextlib.suppress(ConnectionError, ChildProcessError):
         server.serve()
     server.end_all()
@@ -127,10 +128,11 @@ class Server:
 
     def _make(self, request: dict[str, Any], channel: socket.socket) -> None:
         spec = {key: self._settings[key] for key in ("shared", "interpreter", "overlay")} | request
-        group = self._groups.take(request["memory_mib"], request["max_processes"])
-        spec["groups"] = self._groups.doors(group)
+        group = ""
         with channel:
             try:
+                group = self._groups.take(cgroups.Limits(**request["limits"]))
+                spec["groups"] = self._groups.doors(group)
                 pid = template.fork(self._forks, spec, channel.fileno())
             except ChildProcessError:
                 raise

@@ -222,7 +222,7 @@ async def test_containers_are_labelled_and_confined(
         assert found["Config"]["Labels"]["katcore.mark"] == made.mark()
         assert found["Config"]["Labels"]["katcore.serves"] == "r1"
         limits = found["HostConfig"]
-        assert limits["NanoCpus"] == 500_000_000
+        assert limits["CpuQuota"] / limits["CpuPeriod"] == 0.5
         assert limits["Memory"] == limits["MemorySwap"] == 100 << 20
         assert limits["NetworkMode"] == "none"
         assert not limits["Privileged"]
