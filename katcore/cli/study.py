@@ -28,7 +28,7 @@ def _group() -> None:
 @study.command("mcla")
 def mcla(
     seeds: Annotated[str, typer.Option(help="Of the runs, joined by commas.")] = "0,1,2",
-    steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 60,
     base_steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning before all runs.")] = 60,
     ways: Annotated[
         str, typer.Option(help="To handle noise, joined by commas; all if empty.")
@@ -41,7 +41,7 @@ def mcla(
     """Measure what averaging log-probabilities does for a tiny mixture of experts, and reinforce it."""
     from katcore.study import mcla as measured
     from katcore.study.race import Shape
-    from katcore.study.show import pictures
+    from katcore.study.show import curves, pictures
 
     with errors_said():
         settings = measured.Settings(
@@ -56,11 +56,13 @@ def mcla(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "mcla.json").write_text(json.dumps(report.as_json()))
         (folder / "mcla.html").write_text(pictures(report))
+        for name, drawn in curves(report).items():
+            (folder / f"mcla-{name}.svg").write_text(drawn)
         if as_json:
             typer.echo(json.dumps(report.as_json()))
         else:
             _print(report)
-        say(f"{folder / 'mcla.json'} and {folder / 'mcla.html'}")
+        say(f"{folder / 'mcla.json'}, and pictures in {folder / 'mcla.html'} and beside it")
 
 
 def _print(report: "Report") -> None:
@@ -86,7 +88,7 @@ def _print(report: "Report") -> None:
         noise.add_section()
     out.print(noise)
     table = Table(title=f"reward of runs; before them {report.base_greedy:.3f} greedy")
-    for head in ("engine", "way", "first fifth", "last fifth", "by seed", "greedy", "clipped"):
+    for head in ("engine", "way", "last fifth", "learnt", "by seed", "greedy", "clipped"):
         table.add_column(head)
     for cells in report.rows():
         table.add_row(*cells)

@@ -1,8 +1,9 @@
 """A key-value cache of fixed slots: one conversation each, kept between its turns."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ class Slot:
     ids: list[int] | None = None
     is_busy: bool = False
     used_at: int = 0
+
+
+class Recording(Protocol):
+    """Writes down what an engine's passes do to each token, such as the experts that it was sent to."""
+
+    def at(self, slots: Sequence[int], places_BQ: Tensor) -> AbstractContextManager[None]:
+        """The pass inside is over `places_BQ` of `slots`; the last place is a bin, as in the cache."""
+
+    def keep(self, name: str, slot: int, num: int) -> None:
+        """The first `num` places of a slot are those of the session of that name, which has an answer now."""
 
 
 class SlotCache:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from katcore.errors import ContextOverflowError, EngineError, RequestError
-from katcore.inference.cache import Slot, SlotCache
+from katcore.inference.cache import Recording, Slot, SlotCache
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.prefill import Prefills
 from katcore.schema.call import (
@@ -52,7 +53,10 @@ class _Active:
 
 
 class EmbeddedEngine:
-    """One model, `num_slots` conversations at a time; more requests wait for a slot."""
+    """One model, `num_slots` conversations at a time; more requests wait for a slot.
+
+    `recording` is told of the passes that sample, by slot and place.
+    """
 
     def __init__(
         self,
@@ -62,10 +66,12 @@ class EmbeddedEngine:
         num_slots: int = 64,
         context: int = 1024,
         seed: int = 0,
+        recording: Recording | None = None,
     ) -> None:
         self._model = model
         self._chat = chat
         self._context = context
+        self._recording = recording
         self._cache = SlotCache(
             model.config, num_slots=num_slots, context=context, like=model.lm_head.weight
         )
@@ -232,13 +238,14 @@ class EmbeddedEngine:
         seen_BQK = torch.arange(length, device=place) <= places_BQ[:, :, None]
         mask = torch.zeros(seen_BQK.shape, dtype=self._model.dtype, device=place)
         mask.masked_fill_(~seen_BQK, torch.finfo(self._model.dtype).min)
-        hidden_BQD = self._model.model(
-            input_ids=ids_BQ,
-            position_ids=places_BQ.clamp(max=self._context - 1),
-            attention_mask=mask[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self._recording.at(slots, places_BQ) if self._recording else nullcontext():
+            hidden_BQD = self._model.model(
+                input_ids=ids_BQ,
+                position_ids=places_BQ.clamp(max=self._context - 1),
+                attention_mask=mask[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
         hidden_BD = hidden_BQD[torch.arange(len(last_B)), last_B]
         return self._model.lm_head(hidden_BD).float().cpu()  # type: ignore[no-any-return]
 
@@ -269,6 +276,9 @@ class EmbeddedEngine:
                 going.append(item)
                 continue
             item.slot.is_busy = False
+            if self._recording:
+                held = len(item.slot.ids or ())
+                self._recording.keep(item.request.session_id, item.slot.number, held)
             if not item.answer.done():
                 item.answer.set_result(self._generation(item, "stop" if is_end else "length"))
         self._active = going

@@ -85,7 +85,7 @@ async def open_rollouts(job: Job) -> AsyncIterator[Rollouts]:
         yield Rollouts(job, proxy, backend, Places(job.preset.concurrency))
 
 
-def engine_settings(job: Job) -> dict[str, int]:
+def engine_settings(job: Job) -> dict[str, Any]:
     """What the preset and the seed say about an embedded engine."""
     preset = job.preset
     return {

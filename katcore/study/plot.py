@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from katcore.pipeline.chart import Point, escape
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW = 460, 260, 60, 12, 14, 24, 16
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b", "#555555", "#17a2a2", "#7a5230")
+_COLOURS = (
+    "#1b6ca8",
+    "#d1495b",
+    "#2e8b57",
+    "#8e5ea2",
+    "#e08e0b",
+    "#555555",
+    "#17a2a2",
+    "#7a5230",
+    "#c0a000",
+    "#000000",
+)
 _STYLE = (
     "body{font:15px system-ui;margin:2em auto;max-width:1000px;color:#222}figure{display:inline-block;"
     "margin:0 1em 1.5em 0;vertical-align:top}svg{width:460px;font:11px system-ui}"

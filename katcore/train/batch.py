@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from katcore.schema.sample import Sample
+from katcore.train import replay
 from katcore.train.forest import depths
-from katcore.train.layout import Layout, Mask, packed, padded
+from katcore.train.layout import Layout, Mask, Rows, packed, padded
+from katcore.train.replay import Routes
 
 Weighting = Literal["path", "once"]
 """How much a token counts that several branches share: once for each (the mean over paths), or once."""
@@ -36,7 +38,8 @@ class TreeBatch:
     rows_N: its tree; turns_N: its turn there (`turns`). old_N: the behaviour policy's log-probability.
     weights_N: g_t / K, the share of the tree's K branches that run through it; or 1, if each counts once.
     The last two are float64, so sums over tokens are. counts_P: how many branches the token at each of the
-    B * T places stands for, 0 where there is none.
+    B * T places stands for, 0 where there is none. routes_PLK: the experts it is sent to (`replay`), if
+    they are given.
     """
 
     ids_BT: Tensor
@@ -50,6 +53,7 @@ class TreeBatch:
     weights_N: Tensor
     counts_P: Tensor
     weighting: Weighting = "path"
+    routes_PLK: Tensor | None = None
 
     @property
     def num_trained(self) -> int:
@@ -69,6 +73,7 @@ def collate(
     samples: Sequence[Sample],
     weighting: Weighting = "path",
     layout: Layout | None = None,
+    routes: Routes | None = None,
 ) -> TreeBatch:
     """Put samples into a batch, by default `padded` or, if one of them is long, `packed`.
 
@@ -113,7 +118,17 @@ def collate(
         torch.tensor(weights, dtype=torch.float64),
         counts_P,
         weighting,
+        _routed(samples, rows, routes) if routes else None,
     )
+
+
+def _routed(samples: Sequence[Sample], rows: Rows, routes: Routes) -> Tensor:
+    shape = next(iter(routes.values())).shape[1:]
+    routes_PLK = torch.full((rows.ids_BT.numel(), *shape), replay.NONE, dtype=torch.int16)
+    for sample, places in zip(samples, rows.places, strict=True):
+        found_RLK = routes[sample.rollout_id]
+        routes_PLK[places[: len(found_RLK)]] = found_RLK
+    return routes_PLK
 
 
 def turns(sample: Sample) -> list[int]:

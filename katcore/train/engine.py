@@ -16,6 +16,7 @@ from katcore.train.layout import Layout, packed
 from katcore.train.objective import Objective, is_separable
 from katcore.train.policy import go_back, hidden
 from katcore.train.relay import Ends, backward
+from katcore.train.replay import Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,14 @@ class Engine:
     """Adds to a model's gradients.
 
     `balance` weighs the load-balancing loss of a mixture of experts. Batches have the layout that `collate`
-    chooses, unless another is given.
+    chooses, unless another is given. With `routes` the samples' tokens are sent to these experts (`replay`).
     """
 
     model: Any
     weighting: Weighting = "path"
     layout: Layout | None = None
     balance: float = 0.0
+    routes: Routes | None = None
 
     def backward(self, samples: Sequence[Sample], objective: Objective, weight: float) -> float:
         """Those of the objective's loss / weight, in one pass; returns the loss."""
@@ -55,7 +57,7 @@ class Engine:
         Unless the objective `is_separable` it costs a forward pass more: the loss of a token then may depend
         on all others, so it is computed first.
         """
-        batch = collate([sample], self.weighting, packed)
+        batch = collate([sample], self.weighting, packed, self.routes)
         parents = renumbered(sample.parents, heavy_first(sample.parents))
         if is_separable(objective) and not self.balance:
             parts = _Separable(self, batch, sample, objective, weight)
@@ -67,11 +69,18 @@ class Engine:
 
     def collate(self, samples: Sequence[Sample]) -> TreeBatch:
         """A batch in the engine's layout."""
-        return collate(samples, self.weighting, self.layout)
+        return collate(samples, self.weighting, self.layout, self.routes)
 
     def forward(self, batch: TreeBatch) -> Any:
         """What the model says of a batch."""
-        return hidden(self.model, batch.ids_BT, batch.positions_BT, batch.mask_BTT, **self._options)
+        return hidden(
+            self.model,
+            batch.ids_BT,
+            batch.positions_BT,
+            batch.mask_BTT,
+            routes_PLK=batch.routes_PLK,
+            **self._options,
+        )
 
     def masses(self, found: Any, counts_P: Tensor) -> tuple[Tensor, Tensor]:
         """See `balance.masses`."""

@@ -10,6 +10,7 @@ token before and the one before that (`_attend_backwards`), the first half of an
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from katcore.config import ModelSettings
 from katcore.train import lockstep
 from katcore.train.attention import NAME, PREPARED, TreeMask
 from katcore.train.layout import Mask
+from katcore.train.replay import following
 
 transformers_logging.disable_progress_bar()
 
@@ -120,8 +122,19 @@ def logits_at(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, at_N
     return logits_of(model, hidden_ND)
 
 
-def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **options: Any) -> Any:
-    """What the layers below the vocabulary projection give, as transformers says it."""
+def hidden(
+    model: Any,
+    ids_BT: Tensor,
+    positions_BT: Tensor,
+    mask: Mask,
+    *,
+    routes_PLK: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """What the layers below the vocabulary projection give, as transformers says it.
+
+    With `routes_PLK` the tokens are sent to these experts (`replay`).
+    """
     if together := lockstep.of(model):
         together.turn("forward" if torch.is_grad_enabled() else "look")
     place = model.device
@@ -135,7 +148,8 @@ def hidden(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, **optio
             "attention_mask": additive(mask[:, None].to(place), model.dtype),
             "position_ids": positions_BT,
         }
-    return model.base_model(input_ids=ids_BT, use_cache=False, **options)
+    with nullcontext() if routes_PLK is None else following(model, routes_PLK):
+        return model.base_model(input_ids=ids_BT, use_cache=False, **options)
 
 
 def go_back(model: Any, found: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

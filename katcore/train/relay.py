@@ -87,6 +87,7 @@ class _Walk:
     depths_T: Tensor
     parents: Sequence[int]
     loss: Loss
+    routes_PLK: Tensor | None
     options: dict[str, Any]
 
     def visit(self, part: Part, path: Sequence[tuple[_Chain, int]]) -> None:
@@ -99,6 +100,7 @@ class _Walk:
             self.ids_T[None, at_T],
             self.depths_T[None, at_T],
             TreeMask(self._parents(part), past),
+            routes_PLK=None if self.routes_PLK is None else self.routes_PLK[at_T],
             **self.options,
         )
         tensors, grads = self.loss(found, at_T)
@@ -125,7 +127,15 @@ def backward(
 
     Each token is computed once, forwards and backwards, but not all at a time: see `partition.plan`.
     """
-    walk = _Walk(model, batch.ids_BT[0], batch.positions_BT[0], parents, loss, options)
+    walk = _Walk(
+        model,
+        batch.ids_BT[0],
+        batch.positions_BT[0],
+        parents,
+        loss,
+        batch.routes_PLK,
+        options,
+    )
     for part in plan(parents, max_tokens).parts:
         walk.visit(part, ())
 

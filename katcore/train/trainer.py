@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from katcore.train.layerwise import Layerwise
 from katcore.train.layout import unrolled
 from katcore.train.objective import Metrics, Objective
 from katcore.train.policy import save_policy
+from katcore.train.replay import Routes
 from katcore.train.stepper import Replicated, Stepper
 from katcore.train.support import Trees, takes_trees
 
@@ -121,6 +122,19 @@ class Trainer:
         self.step_number += 1
         speed = sum(len(sample.tokens) for sample in samples) / (time.perf_counter() - started_s)
         return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_s": speed}
+
+    def replay(self, routes: Routes | None) -> None:
+        """From now on, samples' tokens are sent to these experts (`replay`); None lets routers choose again.
+
+        Raises:
+            StageError: the model is trained on branches, in which a token has several places.
+        """
+        if routes is not None and self._engine.layout is unrolled:
+            raise StageError(
+                f"{type(self.model).__name__} is trained on branches, not on token trees: routes cannot be"
+                " replayed; train it without router replay"
+            )
+        self._engine = replace(self._engine, routes=routes)
 
     def _backward(self, rows: list[Sample], objective: Objective, weight: float) -> float:
         if self._is_too_large(rows[0]):

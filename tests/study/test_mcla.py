@@ -3,28 +3,34 @@
 import json
 import random
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 from typer.testing import CliRunner
 
 from katcore.cli import app
 from katcore.errors import ConfigError
+from katcore.pipeline.prefill import engine_passes
+from katcore.schema.call import Sampling
 from katcore.study.mcla import Report, Settings, run
 from katcore.study.noise import drawn_with, injected, measured
 from katcore.study.plot import lines
-from katcore.study.race import Entry, Run, Shape
-from katcore.study.show import pictures
+from katcore.study.race import WAYS, Entry, NoisyEngine, Run, Shape, rl_settings
+from katcore.study.show import curves, pictures
 from katcore.study.sorting import sorting
+from katcore.train.mcla import variance
+from katcore.train.moe import new_moe
 from katcore.train.surrogate import Clipped, PolicyGradient
 from tests.train.trees import line
 
 TINY = Settings(
     seeds=(0,),
-    base_steps=2,
-    base_batch=4,
+    base_steps=20,
+    base_batch=16,
+    digits=1,
     samples=4,
-    ways=("one pass", "mean of 8 + IcePop"),
-    shape=Shape(steps=2, prompts=2, group=2, epochs=1, minibatches=1),
+    ways=("one pass", "mean of 8 + IcePop", "replay + trainer"),
+    shape=Shape(steps=2, prompts=4, group=4, epochs=1, minibatches=1),
 )
 
 
@@ -73,7 +79,7 @@ def report(one: float, mean: float) -> Report:
         ("noisy", "mean of 8"): mean,
     }
     runs = [
-        Run(Entry(source, way, seed), [0.3, value], value, [{"clip_rate": 0.1}])
+        Run(Entry(source, way, seed), [0.3, 0.5], [0.2, value], value, [{"clip_rate": 0.1}])
         for (source, way), value in rewards.items()
         for seed in (0, 1)
     ]
@@ -85,7 +91,7 @@ def test_the_verdict_is_what_was_asked_beforehand() -> None:
     assert report(0.5, 0.7).verdict("noisy") == "kept"
     assert report(0.5, 0.4).verdict("noisy") == "not kept in every seed"
     assert report(0.5, 0.4).verdict("absent") == "not run"
-    assert next(iter(report(0.5, 0.4).rows()))[3] == "0.800"
+    assert next(iter(report(0.5, 0.4).rows()))[2:5] == ("0.500", "0.800", "0.80 0.80")
 
 
 async def test_a_way_that_is_not_there_is_refused() -> None:
@@ -108,10 +114,15 @@ async def test_the_whole_study_runs() -> None:
     assert len(told) == TINY.num_steps
     assert [item.name for item in found.noises][:2] == ["float32", "bfloat16"]
     assert found.noises[0].gap < 1e-5 < found.noises[1].gap
-    assert len(found.runs) == 1 + 2 * 2
-    assert all(len(item.rewards) == 2 for item in found.runs)
+    # Once without noise; with noise each way, but that nothing is replayed where routers are right.
+    assert len(found.runs) == 1 + 3 + 3 + 2
+    assert all((len(item.rewards), len(item.learnt)) == (2, 1) for item in found.runs)
+    assert all(item.metrics[0]["num_useful"] > 0 for item in found.runs)
     assert json.loads(json.dumps(found.as_json()))["runs"][0]["entry"]["way"] == "one pass"
     assert pictures(found).count("<svg") >= 3
+    drawn = curves(found)
+    assert len(drawn) == 3
+    assert [one.count("<polyline") for one in drawn.values()] == [4, 4, 3]
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
@@ -119,3 +130,33 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2
     assert "--seeds 'x': numbers from 0 on" in result.stderr
+
+
+async def test_a_noisy_engine_draws_as_the_exact_one_and_says_something_else() -> None:
+    task, made = sorting(6), []
+    model = new_moe(vocabulary=task.chat.vocabulary, end_id=task.chat.end_id, seed=0)
+    for sigma in (0.0, 0.3):
+        engine = NoisyEngine(model, task.chat, None, sigma, 1)
+        samples = await task.attempt(engine, task.prompts(64, random.Random(0)), 4, 1.0)
+        passes = await engine_passes(
+            engine, samples, Sampling(1.0), 2, at_once=64, order=random.Random(1)
+        )
+        made.append((samples, passes))
+    (samples, passes), (noisy, other) = made
+    assert [one.tokens for one in samples] == [one.tokens for one in noisy]
+    apart = [
+        value - exact
+        for one, true in zip(noisy, samples, strict=True)
+        for value, exact in zip(one.logprobs, true.logprobs, strict=True)
+        if exact
+    ]
+    assert (fmean(apart), pstdev(apart)) == pytest.approx((0.0, 0.3), abs=0.02)
+    # Two passes differ by the noise of both.
+    assert variance(other) == pytest.approx(0.09, rel=0.1)
+    assert variance(passes) < 1e-9
+
+
+def test_every_way_is_settings_that_hold() -> None:
+    assert [name for name, way in WAYS.items() if way.replays] == ["replay", "replay + trainer"]
+    for name in WAYS:
+        assert rl_settings(name, Shape()).level in {"turn", "sequence"}
