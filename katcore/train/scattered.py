@@ -28,8 +28,10 @@ def scatter(model: Any, scale: ScaleSettings, *, beside: Any = None) -> "Scatter
     With `offload: all` the parts stay in main memory. Passes of a model `beside` a scattered one are made
     together with its.
     """
-    own = Scattered(model, ranks.device(scale.device), on_cpu=scale.offload == "all")
+    device = ranks.device(scale.device)
+    own = Scattered(model, device, on_cpu=scale.offload == "all")
     model.scattered = own
+    model.to(device)
     (beside.lockstep if beside else Lockstep()).join(model)
     return own
 
@@ -50,7 +52,6 @@ class Scattered:
         self._layers = [
             _Layer(layer, names[layer], device, place) for layer in model.base_model.layers
         ]
-        model.to(device)
 
     @property
     def shards(self) -> list[nn.Parameter]:
