@@ -96,7 +96,7 @@ class ScaleSettings(Settings):
 
     Each process has some of a step's trees; the step is the same however many there are. `zero` is what is
     kept once rather than by each process: 1 the optimizer's state, 2 gradients, too, 3 the weights of layers,
-    too. `offload` puts the optimizer's state into main memory, with zero 1 and 2; with 3 it is not there yet.
+    too. `offload` puts the optimizer's state into main memory, and with `all` what zero 3 scatters, too.
     `precision` is that of passes: with bfloat16 the optimizer keeps float32 weights all the same.
     `recompute` keeps the inputs of layers only, and computes the rest again on the way back. `device` is what
     the models of training, and engines in its process, are on; with `cuda` each process has a GPU. `gpu` is

@@ -70,6 +70,7 @@ def update_parts(need: Need) -> Parts:
         "activations": activations,
         "logits": logit_bytes(need.shape, need.held_tokens),
         "engine, asleep": _ASLEEP if need.is_shared else 0,
+        **_in_process(need),
     }
 
 
@@ -89,13 +90,8 @@ def rollout_parts(need: Need) -> Parts:
         "optimizer": found.optimizer,
     }
     if serve.engine != "vllm":
-        each = need.context * need.shape.kv_bytes(4)
-        own = 0 if serve.placement == "colocated" else 4 * need.shape.num_parameters
-        return trainer | {
-            "engine: weights": own * serve.replicas,
-            "engine: cache": need.conversations * each * serve.replicas,
-            "logits": logit_bytes(need.shape, need.conversations),
-        }
+        logits = {"logits": logit_bytes(need.shape, need.conversations)}
+        return trainer | _in_process(need) | logits
     engine = {
         "engine: weights": 2 * need.shape.num_parameters // serve.tensor_parallel,
         "engine: cache": need.context * cache_bytes(need.shape, serve),
@@ -104,14 +100,30 @@ def rollout_parts(need: Need) -> Parts:
     return trainer | engine if need.is_shared else engine
 
 
+def _in_process(need: Need) -> dict[str, int]:
+    """Of engines in the first process, all the time: weights, if not the trainer's own, and their cache."""
+    serve = need.serve
+    if serve is None or serve.engine != "embedded":
+        return {}
+    is_shared = serve.placement == "colocated" and need.scale.zero < 3
+    own = 0 if is_shared else 4 * need.shape.num_parameters
+    cache = need.conversations * need.context * need.shape.kv_bytes(4)
+    return {"engine: weights": own * serve.replicas, "engine: cache": cache * serve.replicas}
+
+
 def cache_bytes(shape: Shape, serve: ServeSettings) -> int:
     """Of one token, on each GPU of a server: a key head is on several if they are more than heads."""
     return -(-shape.kv_bytes() // min(serve.tensor_parallel, shape.kv_heads))
 
 
 def host_bytes(need: Need) -> int:
-    """Of main memory on each machine, for what is offloaded."""
-    return states(need.shape, need.scale, need.lora).host
+    """Of main memory on each machine, for what is offloaded.
+
+    With stage 3 also for a whole model: one process at a time reads it, and the first one gathers it.
+    """
+    found = states(need.shape, need.scale, need.lora)
+    whole = 4 * need.shape.num_parameters if need.scale.zero == 3 else 0
+    return found.host + need.frozen * found.frozen_host + whole
 
 
 def reserve(memory: int) -> int:

@@ -4,8 +4,8 @@ With P parameters, T of them trained, N processes: up to stage 2 a process holds
 bytes, and with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T.
 Stages 1 and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a
 second set of whole gradients is there while they are handed over. Stage 3 divides all by N but what is no
-layer, and has one layer whole at a time. That frozen models are divided, too, is what it would take: so far
-nothing that has some is trained with stage 3.
+layer, and has one layer whole at a time; of frozen models, too. Offloaded, its optimizer has weights and
+gradients of its own in main memory, 16 T / N with the moments; with `offload: all` they are the only ones.
 
 tests/budget/test_states.py compares with what torch holds, and with DeepSpeed's estimators.
 """
@@ -27,8 +27,9 @@ _HOST = 1.5
 class States:
     """Bytes on one GPU, and on one machine's main memory (`host`) where states are offloaded.
 
-    `copies` are weights in the precision of passes, `frozen` those of one model beside the trained one,
-    `gathered` what stage 3 makes whole for a moment, `buckets` what is on its way between processes.
+    `copies` are weights in the precision of passes, `frozen` those of one model beside the trained one, of
+    which a machine has `frozen_host` in main memory; `gathered` is what stage 3 makes whole for a moment,
+    `buckets` what is on its way between processes.
     """
 
     weights: int
@@ -39,6 +40,7 @@ class States:
     gathered: int = 0
     buckets: int = 0
     host: int = 0
+    frozen_host: int = 0
 
 
 def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None) -> States:
@@ -72,17 +74,25 @@ def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None)
 def _layerwise(shape: Shape, scale: ScaleSettings, adapters: int) -> States:
     """Stage 3. Gradients of a layer are whole twice: as they are added up, and the one that is added."""
     inner, ends, layer = shape.num_parameters - shape.ends, shape.ends, shape.largest_layer
-    own = adapters / scale.world if adapters else inner / scale.world + ends
-    frozen = inner / scale.world + ends
+    shards, learnt = (inner + adapters) / scale.world, (adapters or inner) / scale.world
+    whole = 0 if adapters else ends
+    is_here = scale.offload != "all"
     each = 4 + 2 * _is_narrow(scale) + (0 if adapters else 8)
+    host = {
+        "none": 0.0,
+        "optimizer": 16 * (learnt + whole),
+        "all": 4 * shards + 12 * learnt + 16 * whole,
+    }[scale.offload]
     return States(
-        weights=int(4 * (frozen + adapters / scale.world)),
+        weights=int(4 * (shards * is_here + ends)),
         copies=2 * shape.embedding if _is_narrow(scale) else 0,
-        frozen=int(4 * frozen),
-        gradients=int(4 * own),
-        optimizer=int(8 * own),
+        frozen=int(4 * (inner / scale.world * is_here + ends)),
+        gradients=int(4 * (learnt * is_here + whole)),
+        optimizer=int(8 * (learnt + whole)) if scale.offload == "none" else 0,
         gathered=each * layer,
         buckets=0 if adapters or scale.world == 1 else 4 * min(ends, _SUM),
+        host=int(host * scale.processes),
+        frozen_host=0 if is_here else int(4 * inner / scale.nodes),
     )
 
 

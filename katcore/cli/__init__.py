@@ -173,8 +173,6 @@ def train(  # noqa: PLR0913 - one argument for each option
         if config and verb:
             training.train(verb, config)
             return
-        with errors_said():
-            dry.refuse(load_preset(str(config or preset)))
         pipeline(str(config or preset), experts, seed)
         return
 

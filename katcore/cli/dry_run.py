@@ -19,8 +19,6 @@ def shown(report: Report, *, as_json: bool) -> None:
         typer.echo(json.dumps(as_record(report)))
     else:
         _print(report)
-    for line in report.not_there_yet:
-        say(f"not there yet: {line}")
     for line in refusals(report):
         say(line)
     if not report.fits:
@@ -49,7 +47,6 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for one in report.stages
         ],
-        "not_there_yet": report.not_there_yet,
         "changes": report.changes,
     }
 

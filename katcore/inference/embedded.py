@@ -9,7 +9,7 @@ tests/inference/test_embedded.py.
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -93,8 +93,8 @@ class EmbeddedEngine:
         for slot in self._slots:
             slot.ids = None
 
-    async def copy_weights(self, model: Any, version: str) -> None:
-        """Take over the weights of a model of the same shape, and sign what follows with `version`.
+    async def copy_weights(self, weights: Mapping[str, Tensor], version: str) -> None:
+        """Take over weights by their names in the model, and sign what follows with `version`.
 
         What is being answered is finished first, with the old weights; what comes later waits.
         """
@@ -103,7 +103,7 @@ class EmbeddedEngine:
                 if self._loop is not None:
                     await asyncio.wait({self._loop})
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._worker, _copy, model, self._model)
+                await loop.run_in_executor(self._worker, _copy, weights, self._model)
                 self.weights_changed(version)
         finally:
             self._start()
@@ -330,10 +330,10 @@ def open_engine(
     )
 
 
-def _copy(source: Any, target: Any) -> None:
+def _copy(weights: Mapping[str, Tensor], target: Any) -> None:
     own = target.state_dict()
     with torch.no_grad():
-        for name, value in source.state_dict().items():
+        for name, value in weights.items():
             own[name].copy_(value)
 
 

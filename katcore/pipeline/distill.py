@@ -40,8 +40,8 @@ from katcore.schema.task import Task
 from katcore.train.advantage import Advantages, group_advantages
 from katcore.train.batch import turns
 from katcore.train.distill import Distillation, Divergence, Overlap, Teachers, domain_scale
-from katcore.train.policy import limit_threads, load_policy
-from katcore.train.prepare import load_trainable, refuse_scattered
+from katcore.train.policy import limit_threads
+from katcore.train.prepare import load_frozen, load_trainable
 from katcore.train.sft import draw
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
@@ -95,7 +95,6 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     chat = ChatTokenizer(start)
     for domain in domains:
         check_teacher(job, start, chat, domain)
-    refuse_scattered(job.preset)
     model = load_trainable(start, job.preset, job.seed)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
@@ -145,7 +144,7 @@ class _Loop:
                 {domain.name: _measured(domain) for domain in domains},
             )
         self._teachers = Teachers(
-            {domain.name: _teacher(domain, trainer.model) for domain in domains}, chosen
+            {domain.name: _teacher(job, domain, trainer.model) for domain in domains}, chosen
         )
 
     def load(self) -> list[float]:
@@ -182,7 +181,9 @@ class _Loop:
                     open_engines(job, self._trainer.model, start)
                 )
                 make = self._maker(rollouts, engines.engine, made)
-            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            stream = Stream(
+                make, settings.steps, engines, job.preset.serve.staleness, self._trainer.weights
+            )
             await stack.enter_async_context(stream)
             for step in range(len(history), settings.steps):
                 await self._step(stream, step, history)
@@ -278,9 +279,9 @@ def _shape(settings: DistillSettings) -> Divergence:
     )
 
 
-def _teacher(domain: Domain, student: Any) -> Any:
+def _teacher(job: Job, domain: Domain, student: Any) -> Any:
     """The model of a domain's teacher. Some families pad their vocabularies to different sizes."""
-    model = load_policy(domain.model).to(student.device)
+    model = load_frozen(domain.model, job.preset.scale, beside=student)
     sizes = (model.config.vocab_size, student.config.vocab_size)
     if sizes[0] != sizes[1]:
         raise StageError(

@@ -1,6 +1,6 @@
 """`kat train --dry-run`: what a preset or a training's file would start, and whether it fits its GPUs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,6 @@ class Report:
     changes: tuple[Change, ...] = ()
 
     @property
-    def not_there_yet(self) -> list[str]:
-        """What trainings refuse so far."""
-        return not_there_yet(self.asked.preset, self.asked.stages)
-
-    @property
     def room(self) -> int:
         """What a GPU has for us."""
         return self.card.memory - reserve(self.card.memory) if self.card else 0
@@ -163,25 +158,6 @@ def dry_run(asked: Asked, gpu: str) -> Report:
         _changes(asked.preset), lambda change: _changed(asked, change), lambda one: _fits(one, card)
     )
     return Report(asked, card, stages, tuple(found))
-
-
-def refuse(preset: Preset) -> None:
-    """Raise ConfigError before anything is started that would be refused hours later."""
-    if found := not_there_yet(preset, ("rl", "distill")):
-        raise ConfigError("; ".join(found))
-
-
-def not_there_yet(preset: Preset, stages: Iterable[str]) -> list[str]:
-    """What the settings ask for and trainings refuse so far."""
-    scale, found = preset.scale, []
-    if scale.zero == 3 and scale.offload != "none":
-        found.append("scale.offload goes with zero: 1 and 2 only so far")
-    if scale.zero == 3 and (refused := [one for one in stages if one in {"rl", "distill"}]):
-        found.append(
-            f"scale.zero: 3 is refused by {' and '.join(refused)} so far: rollouts are sampled from a whole"
-            " model, and no process has one"
-        )
-    return found
 
 
 def _stage(asked: Asked, stage: str, card: Card | None) -> StageReport:
@@ -241,7 +217,7 @@ def _with_share(options: Mapping[str, Any], share: float) -> dict[str, Any]:
 
 
 def _changed(asked: Asked, change: Change) -> Asked | None:
-    """With a change; None where the settings contradict each other then, or trainings refuse them."""
+    """With a change; None where the settings contradict each other then."""
     content = asked.preset.model_dump()
     for section, values in change.items():
         own = content[section]
@@ -249,8 +225,6 @@ def _changed(asked: Asked, change: Change) -> Asked | None:
     try:
         preset = Preset.model_validate(content)
     except ValidationError:
-        return None
-    if set(not_there_yet(preset, asked.stages)) - set(not_there_yet(asked.preset, asked.stages)):
         return None
     shape = asked.shape
     if preset.model.kind == "scratch":

@@ -1,9 +1,8 @@
 """The engines that make a training's rollouts, and how new weights come to them: `serve` of the settings."""
 
 import asyncio
-import copy
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
@@ -15,12 +14,15 @@ from katcore.inference.router import Replica, Router
 from katcore.pipeline.rollouts import engine_settings
 from katcore.pipeline.stage import Job
 from katcore.train.policy import save_policy
+from katcore.train.prepare import load_sampler
 
-HandOver = Callable[[str], Awaitable[None]]
+Weights = Mapping[str, Any]
+"""Tensors, by their names in the model."""
+HandOver = Callable[[str, Weights], Awaitable[None]]
 
 
 class Engines:
-    """One engine over all replicas. `hand_over` gives them the trainer's weights under a version."""
+    """One engine over all replicas. `hand_over` gives them weights under a version."""
 
     def __init__(self, engine: Router, hand_over: HandOver, *, is_colocated: bool) -> None:
         self.engine = engine
@@ -49,14 +51,17 @@ async def open_engines(job: Job, model: Any, start: Path) -> AsyncIterator[Engin
 
 
 def _embedded(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
-    """Engines in this process, with the trainer's very weights or, disaggregated, with copies."""
+    """Engines in this process, with the trainer's very weights or, disaggregated, with copies.
+
+    They have copies, too, where no process has all weights.
+    """
     serve = job.preset.serve
-    is_shared = serve.placement == "colocated"
+    is_shared = serve.placement == "colocated" and job.preset.scale.zero < 3
     chat = ChatTokenizer(start)
     router = Router(
         [
             EmbeddedEngine(
-                model if is_shared else copy.deepcopy(model),
+                model if is_shared else load_sampler(start, job.preset, job.seed),
                 chat,
                 **engine_settings(job) | {"seed": job.seed + number},
             )
@@ -64,12 +69,12 @@ def _embedded(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
         ]
     )
 
-    async def hand_over(version: str) -> None:
+    async def hand_over(version: str, weights: Weights) -> None:
         async def change(engine: EmbeddedEngine) -> None:
             if is_shared:
                 engine.weights_changed(version)
             else:
-                await engine.copy_weights(model, version)
+                await engine.copy_weights(weights, version)
 
         await router.renew(change)
 
@@ -81,9 +86,9 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
     router = Router([_server(job, start, number) for number in range(job.preset.serve.replicas)])
     root = job.work / "weights"
 
-    async def hand_over(version: str) -> None:
+    async def hand_over(version: str, weights: Weights) -> None:
         folder = root / version
-        await asyncio.to_thread(_write, job, model, folder, start)
+        await asyncio.to_thread(_write, job, model, weights, folder, start)
         await router.renew(lambda engine: engine.load_weights(folder, version))
         for old in root.iterdir():
             if old != folder:
@@ -92,12 +97,12 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
     return router, hand_over
 
 
-def _write(job: Job, model: Any, folder: Path, start: Path) -> None:
+def _write(job: Job, model: Any, weights: Weights, folder: Path, start: Path) -> None:
     """What servers need of the weights: the adapters, if these alone are trained."""
     if job.preset.lora:
-        import_module("katcore.train.lora").save_adapter(model, folder)
+        import_module("katcore.train.lora").save_adapter(model, folder, weights)
     else:
-        save_policy(model, folder, tokenizer=start)
+        save_policy(model, folder, tokenizer=start, weights=weights)
 
 
 def _server(job: Job, start: Path, number: int) -> Replica:

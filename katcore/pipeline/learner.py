@@ -1,6 +1,5 @@
 """One step of reinforcement on rollouts that are there: advantages, old log-probabilities, updates."""
 
-import copy
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from katcore.schema.call import Sampling
 from katcore.schema.sample import Sample
 from katcore.train import ranks
 from katcore.train.advantage import group_advantages, no_advantage, penalised
+from katcore.train.lockstep import copied
 from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
 from katcore.train.trainer import Trainer
@@ -61,7 +61,7 @@ class Learner:
         )
         self._reference = None
         if settings.kl:
-            self._reference = Reference(copy.deepcopy(trainer.model), settings.temperature)
+            self._reference = Reference(copied(trainer.model), settings.temperature)
 
     async def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
         """All passes over the samples of one step; the last update's metrics, and the step's."""

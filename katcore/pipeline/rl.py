@@ -33,7 +33,7 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
 from katcore.train.policy import limit_threads
-from katcore.train.prepare import load_trainable, refuse_scattered
+from katcore.train.prepare import load_trainable
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
@@ -48,7 +48,6 @@ def run(job: Job) -> dict[str, float]:
 def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[str, float]:
     """Train the model of a folder on tasks, by the parts that an expert names; see `run`."""
     settings = job.preset.rl
-    refuse_scattered(job.preset)
     model = load_trainable(start, job.preset, job.seed)
     schedule = Schedule(
         settings.lr,
@@ -93,7 +92,9 @@ class _Loop:
                     open_engines(job, self._trainer.model, self._start)
                 )
                 make = self._maker(rollouts, engines.engine)
-            stream = Stream(make, settings.steps, engines, job.preset.serve.staleness)
+            stream = Stream(
+                make, settings.steps, engines, job.preset.serve.staleness, self._trainer.weights
+            )
             await self._steps(await stack.enter_async_context(stream), engines)
         self._made.close()
         return self._rewards

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Self
 
-from katcore.pipeline.engines import Engines
+from katcore.pipeline.engines import Engines, Weights
 from katcore.pipeline.rollouts import facts_of
 from katcore.schema.rollout import Rollout
 from katcore.train import ranks
@@ -26,12 +26,19 @@ Make = Callable[[int], Coroutine[Any, Any, list[Rollout]]]
 class Stream:
     """The rollouts of steps below `num_steps`, made by `engines`, and the trainer's turns between them.
 
-    Of several processes that train together the first makes them; the others have no engines, and are told.
+    `weights` are the trainer's, when called. Of several processes that train together the first makes the
+    rollouts; the others have no engines, and are told.
     """
 
     def __init__(
-        self, make: Make | None, num_steps: int, engines: Engines | None, staleness: int
+        self,
+        make: Make | None,
+        num_steps: int,
+        engines: Engines | None,
+        staleness: int,
+        weights: Callable[[], Weights],
     ) -> None:
+        self._weights = weights
         self._make = make
         self._num_steps = num_steps
         self._engines = engines
@@ -47,16 +54,20 @@ class Stream:
         Those of the steps after it are begun, too.
         """
         before_s, self._asked_s = self._given_s, time.perf_counter()
+        await self._renew(step)
         made = ranks.share(await self._made(step) if self._engines else [])
         self._given_s = time.perf_counter()
         since_s = before_s if self._ahead and before_s else self._asked_s
         facts = facts_of(made, self._given_s - since_s)
         return made, facts | staleness_of(made, step)
 
+    async def _renew(self, step: int) -> None:
+        weights = await self._compute(self._weights)  # which all processes may have to gather
+        if self._engines:
+            await self._engines.hand_over(str(step), weights)
+
     async def _made(self, step: int) -> list[Rollout]:
-        assert self._engines
         assert self._make
-        await self._engines.hand_over(str(step))
         for later in range(step, min(step + self._ahead + 1, self._num_steps)):
             if later not in self._begun:
                 self._begun[later] = asyncio.create_task(self._make(later))
@@ -66,6 +77,9 @@ class Stream:
         """What `call` returns: the trainer computes, in its own thread if rollouts are made meanwhile."""
         if self._engines:
             await self._engines.make_room()
+        return await self._compute(call, *given)
+
+    async def _compute(self, call: Callable[..., Any], *given: Any) -> Any:
         if self._trainer is None:
             return call(*given)
         loop = asyncio.get_running_loop()

@@ -1,11 +1,13 @@
-"""Passes through sharded layers, which all processes have to make together, whatever each has to compute.
+"""Passes through scattered layers, which all processes have to make together, whatever each has to compute.
 
-Before each pass the processes say which way they would go. If one would go forwards, all do: those that would
-not take a single token along, for nothing. Otherwise all go back, also with gradients of zero through such a
-token. So at any time each has as many passes open, and none is left waiting in a layer.
+Before each pass the processes say which way they would go, and of which model: the one that is trained, its
+teachers, its reference. If one would go forwards, all do: those that would not take a single token along, for
+nothing. Otherwise all go back, also with gradients of zero through such a token. So at any time each has as
+many passes open, and none is left waiting in a layer.
 """
 
-from typing import Any, Literal
+import copy
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,16 +18,29 @@ Way = Literal["look", "forward", "back"]
 _ORDER: tuple[Way, ...] = ("look", "forward", "back")
 
 
-class Lockstep:
-    """The passes of one model."""
+class _Turn(NamedTuple):
+    """A way, by its place in the order, and a model, by its number. The least is taken first."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model.base_model
+    way: int
+    model: int
+
+
+class Lockstep:
+    """The passes of all models that are scattered together."""
+
+    def __init__(self) -> None:
+        self._models: list[Any] = []
         self._open: list[torch.Tensor] = []
 
-    def turn(self, way: Way) -> None:
-        """Wait until all go this way; goes the others' ways before, for nothing."""
-        while (chosen := self._chosen(way)) and chosen != way:
+    def join(self, model: Any) -> None:
+        """Have the passes of a model made in turn, too. All processes join the same models in one order."""
+        self._models.append(model)
+        model.lockstep = self
+
+    def turn(self, model: Any, way: Way) -> None:
+        """Wait until all go this way through the model; goes the others' ways before, for nothing."""
+        own = _Turn(_ORDER.index(way), self._models.index(model))
+        while (chosen := self._chosen(own)) and chosen != own:
             self._go(chosen)
 
     def finish(self) -> None:
@@ -33,23 +48,33 @@ class Lockstep:
         while chosen := self._chosen(None):
             self._go(chosen)
 
-    def _chosen(self, way: Way | None) -> Way | None:
-        ways = ranks.gathered(way)
-        return next((one for one in _ORDER if one in ways), None)
+    def _chosen(self, own: _Turn | None) -> _Turn | None:
+        return min((one for one in ranks.gathered(own) if one), default=None)
 
-    def _go(self, way: Way) -> None:
+    def _go(self, turn: _Turn) -> None:
+        way, model = _ORDER[turn.way], self._models[turn.model].base_model
         if way == "back":
             hidden = self._open.pop()
             hidden.backward(torch.zeros_like(hidden))  # type: ignore[no-untyped-call]
             return
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
+        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         with torch.set_grad_enabled(way == "forward"):
-            found = self._model(input_ids=ids, use_cache=False).last_hidden_state
+            found = model(input_ids=ids, use_cache=False).last_hidden_state
         if way == "forward":
             self._open.append(found)
 
 
 def of(model: Any) -> Lockstep | None:
-    """The model's, if its layers are sharded."""
+    """The model's, if its layers are scattered."""
     found: Lockstep | None = getattr(model, "lockstep", None)
+    return found
+
+
+def copied(model: Any) -> Any:
+    """A copy of a model as it is, whose passes are made in turn with its own."""
+    together = of(model)
+    if together is None:
+        return copy.deepcopy(model)
+    found = copy.deepcopy(model, {id(together): together})
+    together.join(found)
     return found

@@ -6,7 +6,7 @@ is trained is written twice: the adapter, as peft and vLLM read it, and the mode
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from katcore.errors import StageError
 from katcore.settings import LoraSettings
@@ -65,8 +65,8 @@ def dropping(model: Any) -> Iterator[None]:
             layer.eval()
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`."""
+def save_adapter(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, of the model or of `weights`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[_NAME]
     config.save_pretrained(str(folder))
@@ -76,7 +76,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     content["target_modules"] = sorted({name.rpartition(".")[2] for name in config.target_modules})
     content |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     path.write_text(json.dumps(content, indent=1, sort_keys=True))
-    state = get_peft_model_state_dict(model, adapter_name=_NAME)
+    state = get_peft_model_state_dict(model, weights and dict(weights), adapter_name=_NAME)
     save_file(
         {f"{_BEFORE}{name}": tensor.contiguous() for name, tensor in state.items()},
         folder / "adapter_model.safetensors",

@@ -9,7 +9,7 @@ token before and the one before that (`_attend_backwards`), the first half of an
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,16 @@ def load_policy(folder: Path) -> Any:
     ).eval()
 
 
-def save_policy(model: Any, folder: Path, *, tokenizer: Path) -> None:
-    """Write a folder that `load_policy` and vLLM read; tokenizer files are copied from `tokenizer`."""
+def save_policy(
+    model: Any, folder: Path, *, tokenizer: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a folder that `load_policy` and vLLM read; tokenizer files are copied from `tokenizer`.
+
+    The `weights` are the model's own, if they are not given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder), safe_serialization=True)
+    state = dict(weights) if weights else None
+    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).exists() and tokenizer != folder:
             shutil.copy2(tokenizer / name, folder / name)
@@ -136,7 +142,7 @@ def hidden(
     With `routes_PLK` the tokens are sent to these experts (`replay`).
     """
     if together := lockstep.of(model):
-        together.turn("forward" if torch.is_grad_enabled() else "look")
+        together.turn(model, "forward" if torch.is_grad_enabled() else "look")
     place = model.device
     ids_BT, positions_BT = ids_BT.to(place), positions_BT.to(place)
     if isinstance(mask, TreeMask):
@@ -155,7 +161,7 @@ def hidden(
 def go_back(model: Any, found: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Backwards from tensors, given their gradients, through the layers that made what was `found`."""
     if together := lockstep.of(model):
-        together.turn("back")
+        together.turn(model, "back")
         # Through all layers, also where nothing is to learn.
         tensors = [*tensors, found.last_hidden_state]
         grads = [*grads, torch.zeros_like(found.last_hidden_state)]

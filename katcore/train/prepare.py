@@ -1,6 +1,7 @@
 """A model as the settings have it trained: with adapters, in a precision, with activations computed again."""
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from katcore.config import Preset
-from katcore.errors import ConfigError
+from katcore.settings import ScaleSettings
 from katcore.train import ranks
 from katcore.train.policy import load_policy
+from katcore.train.scattered import scatter
 
 
 def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     """The model of a folder, as a preset's `lora` and `scale` say."""
-    model = load_policy(folder)
-    if preset.lora:
-        import_module("katcore.train.lora").add_adapters(model, preset.lora, seed)
-    model.to(ranks.device(preset.scale.device))
+    model = _placed(lambda: _adapted(folder, preset, seed), preset.scale)
     if preset.scale.recompute and preset.scale.zero < 3:  # which does so anyway
         recompute(model)
     if preset.scale.precision == "bfloat16":
@@ -27,13 +26,35 @@ def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     return model
 
 
-def refuse_scattered(preset: Preset) -> None:
-    """Raise ConfigError if no process has the whole model, for an engine in it to sample from."""
-    if preset.scale.zero == 3:
-        raise ConfigError(
-            "scale.zero: 3 scatters the weights, and the engine that makes rollouts samples from those of the"
-            " first process: set zero: 2 for rl and distill; kat sft takes 3"
-        )
+def load_frozen(folder: Path, scale: ScaleSettings, *, beside: Any) -> Any:
+    """The model of a folder that is only looked at, `beside` one that is trained."""
+
+    def load() -> Any:
+        return load_policy(folder).requires_grad_(False)
+
+    return _placed(load, scale, beside)
+
+
+def load_sampler(folder: Path, preset: Preset, seed: int) -> Any:
+    """The model that `load_trainable` trains, whole and by itself, for an engine that gets new weights."""
+    return _adapted(folder, preset, seed).to(ranks.device(preset.scale.device))
+
+
+def _adapted(folder: Path, preset: Preset, seed: int) -> Any:
+    model = load_policy(folder)
+    if preset.lora:
+        import_module("katcore.train.lora").add_adapters(model, preset.lora, seed)
+    return model
+
+
+def _placed(load: Callable[[], Any], scale: ScaleSettings, beside: Any = None) -> Any:
+    """A model where it computes: whole, or scattered."""
+    if scale.zero < 3:
+        return load().to(ranks.device(scale.device))
+    with ranks.in_turn(scale.processes):  # a machine's memory need not hold several whole ones
+        model = load()
+        scatter(model, scale, beside=beside)
+    return model
 
 
 def recompute(model: Any) -> None:

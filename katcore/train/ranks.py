@@ -4,7 +4,8 @@ All of them run the same code on the same samples and differ in which trees they
 come to each of these calls, in the same order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,6 +77,18 @@ def wait() -> None:
     """Until all are here."""
     if world() > 1:
         dist.barrier()
+
+
+@contextmanager
+def in_turn(num: int) -> Iterator[None]:
+    """Inside is one process of each machine at a time, of the `num` that it has."""
+    join()
+    own = rank() % num
+    for _ in range(own):
+        wait()
+    yield
+    for _ in range(own, num):
+        wait()
 
 
 def share(value: _T) -> _T:

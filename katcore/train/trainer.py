@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from katcore.config import Preset
-from katcore.errors import ConfigError, StageError
+from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.settings import ScaleSettings
-from katcore.train import checkpoint, head, lockstep, ranks
+from katcore.train import checkpoint, head, lockstep, ranks, scattered
 from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
 from katcore.train.layerwise import Layerwise
@@ -178,7 +179,7 @@ class Trainer:
         return is_long and self._engine.layout is None and num_leaves(sample) > 1
 
     def _trained(self) -> dict[str, Any]:
-        """The weights that a checkpoint has: others are those that the model started with."""
+        """Weights that are not those that the model started with; without layers that are scattered."""
         own = self.model.named_parameters(remove_duplicate=False)
         fixed = {name for name, parameter in own if not parameter.requires_grad}
         return {name: value for name, value in self.model.state_dict().items() if name not in fixed}
@@ -215,13 +216,21 @@ class Trainer:
         """What the optimizer's state depends on."""
         return {"processes": ranks.world(), "zero": self._zero}
 
+    def weights(self) -> dict[str, Tensor]:
+        """Those that are trained, as they are; of layers that are scattered the first process has copies.
+
+        All have to call it.
+        """
+        layers = scattered.of(self.model)
+        return self._trained() | (layers.gathered() if layers else {})
+
     def publish(self, out: Path, *, tokenizer: Path) -> None:
         """Write `model/` and, of adapters, `adapter/`; adapters are then part of the model's weights.
 
         Of several processes the first writes.
         """
-        if isinstance(self._stepper, Layerwise):
-            self._stepper.restore()
+        if layers := scattered.of(self.model):
+            layers.restore()
         if ranks.rank():
             return
         if self._lora:
@@ -232,9 +241,8 @@ class Trainer:
 
 def _stepper(model: Any, weight_decay: float, scale: ScaleSettings) -> Stepper:
     if scale.zero == 3:
-        if scale.offload != "none":
-            raise ConfigError("scale.offload is there for zero: 1 and 2 only; set offload: none")
-        return Layerwise(model, weight_decay)
+        layers = scattered.of(model) or scattered.scatter(model, scale)
+        return Layerwise(model, layers, weight_decay, scale.offload)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not scale.zero:
         return Replicated(parameters, weight_decay)

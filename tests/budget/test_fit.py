@@ -45,6 +45,11 @@ def needs() -> Iterator[tuple[Need, Need]]:
         yield need(more | {"recompute": True}), need(less | {"recompute": True})
     yield need(eight), need(eight | {"recompute": True})
     yield need({"zero": 2, **eight}), need({"zero": 2, **eight, "offload": "optimizer"})
+    for more, less in (("none", "optimizer"), ("optimizer", "all")):
+        yield (
+            need({"zero": 3, **eight, "offload": more}),
+            need({"zero": 3, **eight, "offload": less}),
+        )
     yield need({}), need({}, lora=LoraSettings())
     yield need({}, tokens=16384), need({}, tokens=8192)
 
@@ -83,6 +88,8 @@ def test_engines_in_the_process_have_caches_and_copies_of_their_own() -> None:
     assert one["engine: cache"] == 4 * 8192 * SHAPE.kv_bytes(4)
     assert two["engine: cache"] == 2 * one["engine: cache"]
     assert (one["engine: weights"], two["engine: weights"]) == (0, 8 * SHAPE.num_parameters)
+    scattered = rollout_parts(need({"zero": 3}, {"engine": "embedded"}))
+    assert scattered["engine: weights"] == 4 * SHAPE.num_parameters
 
 
 def test_a_share_that_is_no_number_is_an_error() -> None:

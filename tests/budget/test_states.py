@@ -1,5 +1,6 @@
 """Weights, gradients and optimizer are those of torch, and of DeepSpeed's own estimators."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from katcore.budget.states import states
 from katcore.settings import LoraSettings, ScaleSettings
 from katcore.train.layerwise import Layerwise
 from katcore.train.lora import add_adapters
+from katcore.train.scattered import scatter
 from tests.budget.test_shape import TINY
 
 MODELS = [shape_of(config, name) for name, config in known_models().items()]
@@ -85,24 +87,36 @@ def test_stage_2_is_not_below_what_deepspeed_estimates(
     assert found.host == pytest.approx(host, abs=8) or nodes > 1
 
 
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_stage_3_holds_what_its_shards_are(rank: int) -> None:
+def test_stage_3_holds_what_its_shards_are(rank: int, offload: Any) -> None:
     config = TINY | {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     lora = LoraSettings(rank=rank) if rank else None
     if lora:
         add_adapters(model, lora, 0)
-    stepper = Layerwise(model, 0.0)
-    model(input_ids=torch.arange(12)[None]).logits.sum().backward()
+    given = ScaleSettings(zero=3, offload=offload)
+    layers = scatter(model, given)
+    stepper = Layerwise(model, layers, 0.0, offload)
     stepper.begin(0.0)
     model(input_ids=torch.arange(12)[None]).logits.sum().backward()
     stepper.step()
-    found = states(shape_of(config, ""), ScaleSettings(zero=3), lora)
-    held = [*stepper._shards, *model.parameters()]
-    assert found.weights == sum(one.nbytes for one in held)
-    assert found.gradients == sum(one.grad.nbytes for one in held if one.grad is not None)
+    found = states(shape_of(config, ""), given, lora)
+    shards, ends = layers.shards, list(model.parameters())
+    here = ends if offload == "all" else [*shards, *ends]
+    assert found.weights == _bytes(here)
+    assert found.gradients == _bytes(one.grad for one in here if one.grad is not None)
     moments = stepper.state()["adamw"]["state"].values()
-    assert found.optimizer == sum(one[name].nbytes for one in moments for name in MOMENTS)
+    stepped = _bytes(one[name] for one in moments for name in MOMENTS)
+    assert found.optimizer == (stepped if offload == "none" else 0)
+    away = stepped + 2 * _bytes(copy for _, copy in stepper._copies)  # these get gradients, too
+    if offload == "all":
+        away += _bytes(shards) + _bytes(one.grad for one in shards if one.grad is not None)
+    assert found.host == (away if offload != "none" else 0)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(one.nbytes for one in tensors)
 
 
 @pytest.mark.parametrize(("processes", "nodes"), LAYOUTS)

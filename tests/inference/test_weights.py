@@ -152,7 +152,7 @@ async def test_an_engine_with_a_copy_finishes_what_it_began(model_folder: Path) 
     running = asyncio.create_task(engine.generate(request("s", PROMPT)))
     for _ in range(4):
         await asyncio.sleep(0)
-    copying = asyncio.create_task(engine.copy_weights(trained, "5"))
+    copying = asyncio.create_task(engine.copy_weights(trained.state_dict(), "5"))
     await asyncio.sleep(0)
     later = asyncio.create_task(engine.generate(request("t", PROMPT)))
     old, _, new = await asyncio.gather(running, copying, later)

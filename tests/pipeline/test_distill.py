@@ -18,7 +18,9 @@ from katcore.pipeline.stage import Job
 from katcore.plugin import Plugins
 from katcore.schema.call import Message
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.settings import ScaleSettings
 from katcore.train.policy import load_policy, save_policy
+from katcore.train.prepare import load_trainable
 from katcore.train.trainer import Schedule, Trainer
 from tests.inference.tiny import CONTEXT, write_tiny_model
 
@@ -54,7 +56,7 @@ def rollout(number: int, reward: float) -> Rollout:
     return Rollout(name, name, "terminal", "g", 0, Outcome.SCORED, trajectory, Verdict(reward))
 
 
-def job(root: Path, rewards: list[float], *, stop_at: int | None = None) -> Job:
+def job(root: Path, rewards: list[float], *, stop_at: int | None = None, zero: Any = 0) -> Job:
     """Student and teacher are two tiny models with one tokenizer."""
     inputs = {name: root / name for name in ("unified.sft", "terminal.rl")}
     if not inputs["terminal.rl"].exists():
@@ -70,7 +72,8 @@ def job(root: Path, rewards: list[float], *, stop_at: int | None = None) -> Job:
         for number, reward in enumerate(rewards):
             file.append(rollout(number, reward))
         file.close()
-    preset = Preset(name="p", summary="", model=ModelSettings(context=CONTEXT), distill=SETTINGS)
+    model, scale = ModelSettings(context=CONTEXT), ScaleSettings(zero=zero)
+    preset = Preset(name="p", summary="", model=model, distill=SETTINGS, scale=scale)
     spec = StageSpec("unified.distill", "distill", inputs=tuple(inputs))
     progress: Any = Progress(stop_at)
     return Job(spec, preset, 0, Plugins.installed(), inputs, root, root, progress)
@@ -84,7 +87,8 @@ def domain(made: Job) -> Domain:
 
 def begin(made: Job) -> Trainer:
     start = made.input("unified.sft") / "model"
-    trainer = Trainer(load_policy(start), Schedule(SETTINGS.lr, STEPS + 1))
+    model = load_trainable(start, made.preset, 0)
+    trainer = Trainer(model, Schedule(SETTINGS.lr, STEPS + 1), scale=made.preset.scale)
     loop = _Loop(made, trainer, ChatTokenizer(start), [domain(made)])
     assert loop.load() == []
     loop.learn_from_teachers()
@@ -92,7 +96,7 @@ def begin(made: Job) -> Trainer:
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return torch.cat([weight.flatten() for _, weight in sorted(trainer.weights().items())])
 
 
 def test_it_comes_closer_to_the_teacher_and_a_killed_one_ends_alike(tmp_path: Path) -> None:
@@ -107,6 +111,18 @@ def test_it_comes_closer_to_the_teacher_and_a_killed_one_ends_alike(tmp_path: Pa
     with pytest.raises(KilledError):
         begin(job(cut, rewards, stop_at=11))
     assert torch.equal(weights(begin(job(cut, rewards))), weights(trainer))
+
+
+def test_scattered_teachers_teach_as_whole_ones(tmp_path: Path) -> None:
+    found = []
+    for zero in (0, 3):
+        (tmp_path / str(zero)).mkdir()
+        made = job(tmp_path / str(zero), [0.0, 1.0] * 6, zero=zero)
+        begin(made)
+        progress: Any = made.progress
+        found.append(progress.kl)
+    assert len(found[0]) == STEPS
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_teacher_without_a_rollout_is_an_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from katcore.inference.router import Router
-from katcore.pipeline.engines import Engines
+from katcore.pipeline.engines import Engines, Weights
 from katcore.pipeline.stream import Stream, staleness_of
 from katcore.rollout.places import Places
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
@@ -32,7 +32,7 @@ class Policy:
     def __init__(self) -> None:
         self.version = -1
 
-        async def hand_over(version: str) -> None:
+        async def hand_over(version: str, weights: Weights) -> None:
             self.version = int(version)
 
         self.engines = Engines(Router([]), hand_over, is_colocated=False)
@@ -57,7 +57,7 @@ def test_no_token_is_older_than_the_bound_and_steps_are_whole(
         return list(await asyncio.gather(*(one(number) for number in range(4))))
 
     async def check() -> None:
-        async with Stream(make, num_steps, policy.engines, staleness) as stream:
+        async with Stream(make, num_steps, policy.engines, staleness, dict) as stream:
             for step in range(num_steps):
                 made, facts = await stream.of(step)
                 assert [one.id for one in made] == [f"{step}.{number}" for number in range(4)]
@@ -88,7 +88,7 @@ async def test_the_trainer_steps_beside_the_engines_only_with_staleness(stalenes
         begun.append(step)
         return nothing()
 
-    async with Stream(make, 4, policy.engines, staleness) as stream:
+    async with Stream(make, 4, policy.engines, staleness, dict) as stream:
         for step in range(3):
             await stream.of(step)
             assert begun == list(range(step + 1 + staleness)), "before the step is learnt from"
@@ -109,7 +109,7 @@ async def test_what_fails_ahead_is_told_in_its_turn_and_leaving_stops_the_rest()
             raise
         return []
 
-    async with Stream(make, 9, policy.engines, 2) as stream:
+    async with Stream(make, 9, policy.engines, 2, dict) as stream:
         await stream.of(0)
         with pytest.raises(OSError, match="disk"):
             await stream.of(1)

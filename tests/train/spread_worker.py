@@ -1,24 +1,38 @@
 """What each process of tests/train/test_ranks.py does: some steps, and what came of them into a file."""
 
+import asyncio
 import json
 import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401  once for all processes, which are forked from one that has it
 import torch
 
+from katcore.config import RlSettings
+from katcore.pipeline.learner import Learner
 from katcore.schema.sample import Sample
 from katcore.settings import LoraSettings, ScaleSettings
 from katcore.train import ranks
+from katcore.train.distill import Distillation, Teachers
 from katcore.train.lora import add_adapters
-from katcore.train.objective import Sft
+from katcore.train.objective import Metrics, Sft
+from katcore.train.scattered import scatter
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.trees import line, sample, small_model
 
+RL = RlSettings(
+    level="token", minibatches=2, epochs=1, kl=0.1, entropy=0.01, old="trainer", correction="icepop",
+    mcla={"passes": 2, "place": "trainer"},
+)  # fmt: skip
+"""Everything that goes through a model: its own log-probabilities, a reference's, and several passes."""
+
 
 def samples() -> list[Sample]:
-    """Trees and lines of unlike sizes; the first is computed in parts."""
+    """Trees and lines of unlike sizes, of two domains; the first is computed in parts."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(num: int) -> list[int]:
@@ -27,21 +41,52 @@ def samples() -> list[Sample]:
     parents = [-1, *range(9), 4, *range(10, 19), 2, *range(20, 25)]
     tree = sample(tokens(len(parents)), parents, [False, *[True] * (len(parents) - 1)])
     lines = [line(tokens(4 + n), [False, *[True] * (3 + n)]) for n in range(4)]
-    return [tree, *lines]
+    return [
+        replace(
+            one,
+            rollout_id=f"r{at}",
+            domain="de"[at % 2],
+            reward=float(at % 2),
+            logprobs=tuple(-3.0 * yes for yes in one.trained),
+        )
+        for at, one in enumerate([tree, *lines])
+    ]
+
+
+def stepper(trainer: Trainer, objective: str, scale: ScaleSettings) -> Callable[[], Metrics]:
+    """What takes a step of an objective."""
+    if objective == "rl":
+        learner = Learner(trainer, RL, None, seed=0, at_once=1)
+        return lambda: asyncio.run(learner.learn(samples()))
+    if objective == "sft":
+        return lambda: trainer.update(samples(), Sft())
+    models = {name: small_model(seed) for seed, name in enumerate("de", 1)}
+    if scale.zero == 3:
+        for model in models.values():
+            scatter(model.requires_grad_(False), scale, beside=trainer.model)
+    distillation = Distillation(Teachers(models))
+    return lambda: (
+        trainer.update(samples(), distillation, by=lambda one: one.domain) | distillation.seen()
+    )
 
 
 def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int) -> None:
-    """Train; leave metrics, checkpoints and the model. `settings`: of `scale`, and `adapters`, a rank."""
+    """Train; leave metrics, checkpoints and the model.
+
+    `settings` are of `scale`, besides the `objective`, `adapters` (a rank), and how many steps the last
+    process takes before it is `killed`.
+    """
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
-        "KATCORE_MEET_AT": str(out / f"store-{until}"),
+        "KATCORE_MEET_AT": str(out / f"store-{until}-{len(list(out.glob('checkpoint/*')))}"),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     settings = dict(settings)
-    adapters = settings.pop("adapters", 0)
+    adapters, killed = settings.pop("adapters", 0), settings.pop("killed", 0)
+    objective = settings.pop("objective", "sft")
     scale = ScaleSettings(**settings)
     is_by_deepspeed = scale.zero in (1, 2)
     dtype = torch.float32 if is_by_deepspeed else torch.float64
@@ -52,14 +97,20 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
     trainer = Trainer(model, Schedule(1e-2, 9), max_tokens=12, scale=scale)
     passes = [0]
     model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    step = stepper(trainer, objective, scale)
     trainer.load(out / "checkpoint")
     curve = []
     while trainer.step_number < until:
-        metrics = trainer.update(samples(), Sft())
-        curve.append([metrics["loss"], metrics["grad_norm"]])
+        metrics = step()
+        metrics.pop("tokens_per_s")
+        curve.append(metrics)
+        if killed == len(curve) and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         trainer.save(out / "checkpoint")
     logprobs = trainer.logprobs([line([1, 2, 3, 4], [False, True, True, True])])["r"]
+    weights = trainer.weights()
     found = {"curve": curve, "logprobs": logprobs, "passes": ranks.gathered(sum(passes))}
+    found["handed_over"] = {name: float(one.double().sum()) for name, one in weights.items()}
     if ranks.rank() == 0:
         (out / "result.json").write_text(json.dumps(found))
     trainer.publish(out, tokenizer=out)

@@ -4,7 +4,7 @@ FlexAttention is left out: it is for GPUs alone, and compiled there.
 """
 
 import copy
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -18,9 +18,11 @@ from katcore.train import ranks
 from katcore.train.balance import masses
 from katcore.train.batch import collate
 from katcore.train.distill import Distillation, Divergence, Kind, Overlap, Teachers
+from katcore.train.layerwise import Layerwise
 from katcore.train.layout import padded
 from katcore.train.objective import Objective, Sft
 from katcore.train.policy import hidden, logits_of
+from katcore.train.scattered import Scattered
 from katcore.train.surrogate import Clipped, PolicyGradient, Reference
 from tests.train.architectures import CONFIGS
 from tests.train.trees import sample
@@ -66,6 +68,30 @@ def test_losses_are_computed_where_the_model_is(name: str) -> None:
                 learnt, [value.cpu().to(value) for value in learnt], retain_graph=True
             )
             assert {value.device.type for value in terms.values()} == {ELSEWHERE}
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_scattered_weights_compute_elsewhere_and_step_in_main_memory(
+    offload: Literal["optimizer", "all"],
+) -> None:
+    batch = collate([TREE], layout=padded)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device(ELSEWHERE):
+            model: Any = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+        layers = Scattered(model, torch.device(ELSEWHERE), on_cpu=offload == "all")
+        stepper = Layerwise(model, layers, 0.0, offload)
+        said = hidden(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
+        assert said.last_hidden_state.device.type == ELSEWHERE
+        said.last_hidden_state.sum().backward()
+        stepper._change()
+        grads = [one.grad for one in layers.shards if one.grad is not None]
+        assert len(grads) == len(layers.shards)
+        kept = {one.device.type for one in (*layers.shards, *grads)}
+        assert kept == {"cpu" if offload == "all" else ELSEWHERE}
+        states = stepper.state()["adamw"]["state"].values()
+        where = {one[name].device.type for one in states for name in ("exp_avg", "exp_avg_sq")}
+        assert where == {"cpu"}
+        assert {one.device.type for one in layers.gathered().values()} == {"cpu"}
 
 
 def test_an_engine_computes_where_its_model_is() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ ZERO = {
 }
 
 
-def steps(out: Path, num: int, until: int = 3, **settings: Any) -> dict[str, Any]:
-    """What `num` processes come to."""
+def ended(out: Path, num: int, until: int = 3, **settings: Any) -> list[int | None]:
+    """How each of `num` processes ends."""
     out.mkdir(exist_ok=True)
     processes = [
         FORKS.Process(target=work, args=(rank, num, out, settings, until)) for rank in range(num)
@@ -35,10 +36,15 @@ def steps(out: Path, num: int, until: int = 3, **settings: Any) -> dict[str, Any
     try:
         for process in processes:
             process.join(250)
-        assert [process.exitcode for process in processes] == [0] * num
+        return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
+
+
+def steps(out: Path, num: int, until: int = 3, **settings: Any) -> dict[str, Any]:
+    """What `num` processes come to."""
+    assert ended(out, num, until, **settings) == [0] * num
     found: dict[str, Any] = json.loads((out / "result.json").read_bytes())
     return found | {"weights": load_file(out / "model" / "model.safetensors")}
 
@@ -48,6 +54,7 @@ def is_same(found: dict[str, Any], wanted: dict[str, Any], rel: float = 1e-10) -
     for mine, other in zip(found["curve"], wanted["curve"], strict=True):
         assert mine == pytest.approx(other, rel=rel)
     assert found["logprobs"] == pytest.approx(wanted["logprobs"], rel=rel)
+    assert found["handed_over"] == pytest.approx(wanted["handed_over"], rel=rel, abs=100 * rel)
     assert found["weights"].keys() == wanted["weights"].keys()
     for name, weight in wanted["weights"].items():
         if rel > 1e-6 and name.endswith("k_proj.bias"):
@@ -83,6 +90,36 @@ def test_scattered_weights_take_the_same_steps(tmp_path: Path, one: dict[str, An
         assert len(set(found["passes"])) == 1
     apart = steps(tmp_path / "apart", 2)
     assert len(set(apart["passes"])) == 2, "without need, none is made for nothing"
+
+
+@pytest.mark.parametrize("objective", ["rl", "distill"])
+def test_scattered_models_keep_pace_whatever_is_learnt(tmp_path: Path, objective: str) -> None:
+    """What is looked at besides the trained model is scattered, too: a reference, and two teachers."""
+    one = steps(tmp_path / "one", 1, until=2, objective=objective)
+    for num in (1, 2, 3):
+        found = steps(tmp_path / f"{num}", num, until=2, objective=objective, zero=3)
+        is_same(found, one)
+        assert len(set(found["passes"])) == 1
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_what_is_offloaded_takes_the_same_steps(
+    tmp_path: Path, one: dict[str, Any], offload: str
+) -> None:
+    is_same(steps(tmp_path, 2, zero=3, offload=offload), one)
+
+
+@pytest.mark.parametrize("objective", ["rl", "distill"])
+def test_after_the_kill_of_a_process_the_losses_are_those_that_would_have_been(
+    tmp_path: Path, objective: str
+) -> None:
+    settings = {"objective": objective, "zero": 3, "offload": "optimizer", "adapters": 2}
+    whole = steps(tmp_path / "whole", 2, **settings)
+    first, last = ended(tmp_path / "cut", 2, killed=2, **settings)
+    assert (first, last) == (1, -signal.SIGKILL)
+    rest = steps(tmp_path / "cut", 2, **settings)
+    assert rest["curve"] == whole["curve"][1:]
+    assert rest["logprobs"] == whole["logprobs"]
 
 
 def test_adapters_of_scattered_weights_are_those_of_whole_ones(tmp_path: Path) -> None:
