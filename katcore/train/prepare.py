@@ -49,8 +49,9 @@ def _adapted(folder: Path, preset: Preset, seed: int) -> Any:
 
 def _placed(load: Callable[[], Any], scale: ScaleSettings, beside: Any = None) -> Any:
     """A model where it computes: whole, or scattered."""
+    device = ranks.device(scale.device)  # first: NCCL has processes wait on the GPU that is set
     if scale.zero < 3:
-        return load().to(ranks.device(scale.device))
+        return load().to(device)
     with ranks.in_turn(scale.processes):  # a machine's memory need not hold several whole ones
         model = load()
         scatter(model, scale, beside=beside)

@@ -52,7 +52,7 @@ def following(model: Any, routes_PLK: Tensor) -> Iterator[None]:
         StageError: layers are computed again on the way back, where routers would choose for themselves; or
             routers weigh experts in another way than by softmax.
     """
-    # Both `prepare.recompute` and `layerwise` put a forward of their own in place of the layer's.
+    # Both `prepare.recompute` and `scattered` put a forward of their own in place of the layer's.
     if torch.is_grad_enabled() and any("forward" in vars(x) for x in model.base_model.layers):
         raise StageError(
             "router replay needs layers that are computed once: set scale.recompute: false and scale.zero"
