@@ -53,7 +53,7 @@ def child(folder: Path, command: str, *prefix: str) -> "subprocess.Popen[str]":
 
 async def test_killed_with_9_it_takes_its_sandboxes_along(tmp_path: Path) -> None:
     process = child(tmp_path, "setsid sleep 70004 & python3 -c 'import time; time.sleep(70004)'")
-    await wait_until(lambda: len(processes_with("70004")) >= 4)
+    await wait_until(lambda: len(processes_with("70004")) >= 4, seconds=120)
     (server, *_) = (item for item in processes_with("zygote") if item.ppid() == process.pid)
     mark = server.cmdline()[-1]
     process.send_signal(signal.SIGKILL)

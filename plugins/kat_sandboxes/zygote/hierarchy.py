@@ -1,9 +1,9 @@
 """Where in the one hierarchy of cgroups v2 this process may make groups. Standard library only.
 
 A group that limits what is in its subgroups has no processes of its own, but for the root of the machine. So
-the place is the nearest folder above this process that has none: what limits this process limits sandboxes
-too. Where no such folder may be written to, as in a container or in a service with `Delegate=yes`, the
-processes of our own group are moved into a subgroup first, as its owner may do.
+the place is the nearest folder above this process that has none. Where none can be written to, as in
+a container, and where our own group was left to us, as to a service with `Delegate=yes`, the processes of our
+own group are moved into a subgroup first.
 """
 
 import contextlib
