@@ -106,6 +106,21 @@ def test_a_model_that_ignores_what_it_is_told_is_found_by_trying() -> None:
     assert not takes_trees(model)
 
 
+@pytest.mark.parametrize(("size", "reason"), [(1e-5, ""), (1e-3, "a small tree has logits")])
+def test_what_rounding_does_to_a_deep_model_is_no_reason(size: float, reason: str) -> None:
+    model = tiny("llama").float()
+    layer = model.model.layers[0]
+    plain = layer.forward
+
+    def rounding(hidden: torch.Tensor, **options: Any) -> Any:
+        is_tree = hidden.shape[1] > 4
+        return plain(hidden + size * is_tree * hidden.roll(1, dims=2), **options)
+
+    layer.forward = rounding
+    assert refusal(model).startswith(reason)
+    assert bool(refusal(model)) == bool(reason)
+
+
 def test_a_model_that_scales_its_logits_is_refused() -> None:
     config = CohereConfig(**SHAPE, logit_scale=0.5, pad_token_id=0)
     with pytest.raises(StageError, match="scale or cap"):
