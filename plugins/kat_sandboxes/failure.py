@@ -16,8 +16,10 @@ from katcore.errors import (
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EUSERS}
-"""What the kernel says if processes, memory, namespaces, mounts or descriptors are used up."""
+_NO_ROOM = {
+    errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EUSERS,
+}  # fmt: skip
+"""What the kernel says if memory, processes, namespaces, mounts or descriptors are used up or still busy."""
 
 
 def gone(cause: str, do: str) -> SandboxGoneError:
