@@ -18,6 +18,7 @@ _COLOURS = (
     "#c0a000",
     "#000000",
 )
+_DASHED = ("theory", "without")
 _STYLE = (
     "body{font:15px system-ui;margin:2em auto;max-width:1000px;color:#222}figure{display:inline-block;"
     "margin:0 1em 1.5em 0;vertical-align:top}svg{width:460px;font:11px system-ui}"
@@ -35,7 +36,7 @@ def lines(
 def picture(
     title: str, series: Mapping[str, Sequence[Point]], *, is_log: bool = False, unit: str = ""
 ) -> str:
-    """A line for each name, over what `unit` says; dashed where the name begins with `theory`.
+    """A line for each name, over what `unit` says; dashed where the name begins with `theory` or `without`.
 
     With `is_log` both axes are logarithmic, and points that are not above 0 are left out.
     """
@@ -52,7 +53,7 @@ def picture(
     body = [f'<path d="M{_LEFT} {_TOP}V{base}H{right}" fill="none" stroke="#999"/>']
     for row, (name, points) in enumerate(drawn.items()):
         colour = _COLOURS[row % len(_COLOURS)]
-        dashed = ' stroke-dasharray="5 4"' if name.startswith("theory") else ""
+        dashed = ' stroke-dasharray="5 4"' if name.startswith(_DASHED) else ""
         path = " ".join(
             f"{_LEFT + (x - x_low) / (x_high - x_low) * (right - _LEFT):.1f},"
             f"{base - (y - y_low) / (y_high - y_low) * (base - _TOP):.1f}"

@@ -40,7 +40,7 @@ def curves(report: Report) -> dict[str, str]:
 def _learnt(report: Report) -> dict[str, dict[str, list[Point]]]:
     """By engine and way the mean over seeds, beside that of the engine without noise."""
     calm, *noisy = dict.fromkeys(run.entry.source for run in report.runs)
-    beside = {f"theory: {calm}": _mean_curve(report, calm, "one pass")}
+    beside = {"without noise": _mean_curve(report, calm, "one pass")}
     return {
         source: beside
         | {

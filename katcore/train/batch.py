@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.train import replay
 from katcore.train.forest import depths
@@ -79,6 +80,7 @@ def collate(
 
     Raises:
         ValueError: a trained token is a root: nothing predicts it.
+        StageError: there are routes, but none of a sample.
     """
     if layout is None:
         layout = padded if max(len(sample.tokens) for sample in samples) < _LONG else packed
@@ -118,16 +120,18 @@ def collate(
         torch.tensor(weights, dtype=torch.float64),
         counts_P,
         weighting,
-        _routed(samples, rows, routes) if routes else None,
+        None if routes is None else _routed(samples, rows, routes),
     )
 
 
 def _routed(samples: Sequence[Sample], rows: Rows, routes: Routes) -> Tensor:
-    shape = next(iter(routes.values())).shape[1:]
-    routes_PLK = torch.full((rows.ids_BT.numel(), *shape), replay.NONE, dtype=torch.int16)
-    for sample, places in zip(samples, rows.places, strict=True):
-        found_RLK = routes[sample.rollout_id]
-        routes_PLK[places[: len(found_RLK)]] = found_RLK
+    names = [sample.rollout_id for sample in samples]
+    if missing := [name for name in names if name not in routes]:
+        raise StageError(f"{missing[0]}: no routes to replay; record them while it is sampled")
+    num, shape = rows.ids_BT.numel(), routes[names[0]].shape[1:]
+    routes_PLK = torch.full((num, *shape), replay.NONE, dtype=torch.int16)
+    for name, places in zip(names, rows.places, strict=True):
+        routes_PLK[places[: len(routes[name])]] = routes[name]
     return routes_PLK
 
 

@@ -228,6 +228,8 @@ def test_what_cannot_be_replayed_is_refused() -> None:
     routers(model)[1].register_forward_hook(_by_sigmoid)
     with pytest.raises(StageError, match="does not weigh experts by the softmax"):
         _pass(model, lambda: following(model, routes))
+    with pytest.raises(StageError, match="r: no routes to replay"):
+        collate([TREE], routes={"line": torch.zeros(1, 2, 2)})
     model = tiny("qwen3-moe")
     recompute(model)
     with pytest.raises(StageError, match=r"set scale\.recompute: false"):
