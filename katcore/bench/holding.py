@@ -27,8 +27,8 @@ _OPENING = 16
 _DESCRIPTORS = 3
 """Of one sandbox: its channel and its door; and, while it starts, its own end of the channel."""
 _KEPT_DESCRIPTORS = 256
-_KEPT_MIB = 2048
-"""What is left to the machine: none is opened when less is available."""
+_KEPT_MIB, _ASKED_MIB = 2048, 0.75
+"""What is left to the machine, besides what each of them takes when it is asked: none is opened with less."""
 _FEW = 500
 """So many are one shard's."""
 
@@ -71,7 +71,7 @@ async def hold(backend: str, environment: Path, num: int) -> Held:
     parts = shares(num)
     shards = [await _start() for _ in parts]
     try:
-        given = {"backend": backend, "environment": str(environment)}
+        given = {"backend": backend, "environment": str(environment), "shards": len(parts)}
         opening = max(1, _OPENING // len(parts))
         await _tell(shards, *({**given, "num": part, "opening": opening} for part in parts))
         before = psutil.virtual_memory().available
@@ -132,15 +132,16 @@ async def in_turn(work: Callable[[], Awaitable[None]], times: int, concurrency: 
 
 
 async def fill(
-    backend: SandboxBackend, spec: SandboxSpec, num: int, opening: int, opened: AsyncExitStack
+    backend: SandboxBackend, spec: SandboxSpec, share: dict[str, Any], opened: AsyncExitStack
 ) -> tuple[list[Sandbox], str]:
-    """Up to `num` open sandboxes, and what stopped it."""
+    """The open sandboxes of a share, and what stopped it."""
     kept: list[Sandbox] = []
     why: list[str] = []
 
     async def one() -> None:
-        if not why and psutil.virtual_memory().available < _KEPT_MIB << 20:
-            why.append(f"less than {_KEPT_MIB} MiB of memory are available")
+        wanted_mib = int(_KEPT_MIB + _ASKED_MIB * share["shards"] * len(kept))
+        if not why and psutil.virtual_memory().available < wanted_mib << 20:
+            why.append(f"less than {wanted_mib} MiB of memory are available")
         if why:
             return
         try:
@@ -148,7 +149,7 @@ async def fill(
         except (KatError, OSError) as error:
             why.append(f"{type(error).__name__}: {error}")
 
-    await in_turn(one, num, opening)
+    await in_turn(one, share["num"], share["opening"])
     return kept, "".join(why[:1])
 
 

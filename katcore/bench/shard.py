@@ -30,7 +30,7 @@ async def _main() -> None:
         async with AsyncExitStack() as opened:
             if not await _line():
                 return
-            kept, why = await holding.fill(backend, spec, share["num"], share["opening"], opened)
+            kept, why = await holding.fill(backend, spec, share, opened)
             _say({"alive": len(kept), "doors": holding.take_doors(kept, opened), "why": why})
             await _line()
             _say({"answering": await holding.ask_all(kept)})

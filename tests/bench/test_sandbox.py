@@ -69,8 +69,9 @@ async def test_what_stops_the_opening_is_said(home: Path) -> None:
         async def close(self) -> None:
             pass
 
+    share = {"num": 5, "opening": 1, "shards": 1}
     async with AsyncExitStack() as opened:
-        kept, why = await holding.fill(Full(), SandboxSpec(home), 5, 1, opened)
+        kept, why = await holding.fill(Full(), SandboxSpec(home), share, opened)
     assert (len(kept), why) == (2, "NoCapacityError: full")
 
 
