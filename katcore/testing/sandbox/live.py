@@ -12,7 +12,7 @@ from katcore.schema.task import SandboxSpec
 from katcore.testing.sandbox.base import Declared, needs, output
 
 _WAITS = "setsid {} >/dev/null 2>&1 &"
-_NAMES = "for p in /proc/[0-9]*; do readlink $p/exe; done; true"
+_NAMES = "for p in /proc/[0-9]*; do readlink $p/exe; done"
 
 
 class Live(Declared):
@@ -43,10 +43,13 @@ class Live(Declared):
             await output(agent, _WAITS.format(command))
         respawns = "sh -c 'while :; do /work/other 1113 & wait $!; done'"
         await output(agent, _WAITS.format(respawns))
+        # All three are there: a shell that is about to be one of them is a process of another name.
+        are_there = f"until [ $({_NAMES} | grep -c ^/work/) -ge 3 ]; do sleep 0.05; done"
+        await output(agent, are_there)
         ended = await live.settle(["/work/service"])
         assert "/work/other" in ended
         assert "/work/service" not in ended
-        running = await output(agent, _NAMES)
+        running = await output(agent, f"{_NAMES}; true")
         assert "/work/service" in running
         assert "/work/other" not in running
         assert await live.settle(["/work/service"]) == ()
