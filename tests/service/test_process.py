@@ -17,6 +17,7 @@ TREE = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1
 def start(code: str, *arguments: str, mark: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**environment(), process.MARK: mark},
         start_new_session=True,

@@ -107,7 +107,8 @@ class Live(Declared):
         async with live.grader() as grader:
             await output(grader, _WAITS.format("sleep 1115"))
             look = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo $p; done | grep '^sleep 1115'"
-            process = (await output(agent, look)).split()[-1].rpartition("/")[2]
+            found = await output(agent, f"until {look}; do sleep 0.05; done")
+            process = found.split()[-1].rpartition("/")[2]
             await output(
                 agent,
                 f"! kill -9 {process}; ! cat /proc/{process}/environ; ! ls /proc/{process}/fd",

@@ -15,14 +15,14 @@ OUTPUT_LIMIT = 1 << 18
 """Providers bound what a command may say as text, at about a mebibyte."""
 FOLDER = "/tmp/.katcore"
 _EXEC = """
-mkdir -p {folder}; d=$(mktemp -d {folder}/XXXXXX) || exit 99
+mkdir -p {folder}; d=$(mktemp -d {folder}/XXXXXX) && mkfifo "$d/0" || exit 99
 before=" $(cd /proc && echo [0-9]*) $$ "
 ( cd {cwd} || exit 126; exec timeout -k 0.1 {timeout} env {command} ) >"$d/1" 2>"$d/2" </dev/null
 c=$?
 case $c in 124|137)
-  for i in 1 2 3 4 5 6 7 8 9; do cd /proc; for p in [0-9]*; do
-    case "$before" in *" $p "*) ;; *) kill -9 "$p";; esac
-  done; done 2>/dev/null;;
+  i=0 left=1; while [ $left ] && [ $i -lt {rounds} ]; do i=$((i+1)) left=; cd /proc; for p in [0-9]*; do
+    case "$before" in *" $p "*) ;; *) kill -9 "$p" && left=1;; esac
+  done; read -t 0.02 _ <>"$d/0"; done 2>/dev/null;;
 esac
 echo "$c $(wc -c <"$d/1") $(wc -c <"$d/2")"
 head -c {limit} "$d/1" | base64 -w 0; echo
@@ -30,6 +30,8 @@ head -c {limit} "$d/2" | base64 -w 0; echo
 rm -rf "$d"
 """
 """At the time limit all processes end that were not there before, wherever they went."""
+_ROUNDS = 50
+"""So often, and 20 ms apart, are those ended that others have started: nothing can be until all are reaped."""
 _SKIPPED = ("/proc", "/sys", "/dev", "/tmp", "/run")
 _FORMAT = r"%P\0%y %m %U %G %s %T@ %C@\0"
 
@@ -50,6 +52,7 @@ def execute(argv: Sequence[str], cwd: str | None, env: Mapping[str, str], timeou
         timeout=f"{timeout_s:.3f}",
         command=program,
         limit=OUTPUT_LIMIT,
+        rounds=_ROUNDS,
     )
 
 
