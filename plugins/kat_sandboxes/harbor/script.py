@@ -31,7 +31,7 @@ rm -rf "$d"
 """
 """At the time limit all processes end that were not there before, wherever they went."""
 _ROUNDS = 50
-"""So often, and 20 ms apart, are those ended that others have started: nothing can be until all are reaped."""
+"""So often, 20 ms apart: what has ended keeps others from starting, us too, until it is reaped."""
 _SKIPPED = ("/proc", "/sys", "/dev", "/tmp", "/run")
 _FORMAT = r"%P\0%y %m %U %G %s %T@ %C@\0"
 
