@@ -62,9 +62,7 @@ def _serve() -> None:
         served.serve()
         served.close()
     root.close()
-    with contextlib.suppress(
-        ChildProcessError
-    ):  # if it has been waited for already, as commands are
+    with contextlib.suppress(ChildProcessError):  # it may have been waited for, as commands are
         os.waitpid(pid, 0)
 
 
