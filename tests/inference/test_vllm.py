@@ -121,7 +121,7 @@ async def test_defaults_of_the_server_change_nothing(engine: VllmEngine, fake: F
 
 async def test_an_answer_ends_with_its_end_token_or_at_its_limit(engine: VllmEngine) -> None:
     end_id = engine._chat.end_id
-    asked = [request("s", ids, temperature=4.0, max_tokens=40) for ids in prompts(25)]
+    asked = [request("s", ids, temperature=4.0, max_tokens=40) for ids in prompts(120)]
     made = await asyncio.gather(*map(engine.generate, asked))
     assert {item.finish for item in made} == {"stop", "length"}
     for item in made:
