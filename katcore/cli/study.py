@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from katcore.cli.bench import bar, numbers
+from katcore.cli.bench import bar, numbers, tell
 from katcore.cli.common import errors_said, out, say
 from katcore.config import home
 
@@ -58,10 +58,7 @@ def mcla(
         (folder / "mcla.html").write_text(pictures(report))
         for name, drawn in curves(report).items():
             (folder / f"mcla-{name}.svg").write_text(drawn)
-        if as_json:
-            typer.echo(json.dumps(report.as_json()))
-        else:
-            _print(report)
+        tell(report, _print, as_json=as_json)
         say(f"{folder / 'mcla.json'}, and pictures in {folder / 'mcla.html'} and beside it")
 
 

@@ -18,7 +18,7 @@ from katcore.train.moe import copy_weights, engine_copy
 from katcore.train.replay import Recorder
 from katcore.train.trainer import Schedule, Trainer
 
-_ROOM = {"num_slots": 128, "context": 64}
+_ROOM: Mapping[str, Any] = {"num_slots": 128, "context": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ async def race(
     sampler = engine_copy(model, is_bfloat16=noise.is_bfloat16, jitter=noise.jitter, seed=seed)
     recorder = Recorder(sampler, **_ROOM) if way.replays else None
     engine = NoisyEngine(sampler, task.chat, recorder, noise.sigma, seed)
-    exact = NoisyEngine(trained, task.chat, None, 0.0, seed)
+    exact = EmbeddedEngine(trained, task.chat, seed=seed, **_ROOM)
     settings = rl_settings(entry.way, shape)
     schedule = Schedule(shape.lr, shape.steps * shape.epochs * shape.minibatches, final_lr=1.0)
     trainer = Trainer(trained, schedule)

@@ -163,7 +163,7 @@ def _write_if_there(path: str, text: str) -> None:
 
 
 def join(doors: list[str]) -> None:
-    """Move this process into the groups of these files."""
+    """Move this process into the groups of these files. Not by `open`, which writes to more memory."""
     for door in doors:
         file = os.open(door, os.O_WRONLY)
         os.write(file, b"0")
