@@ -67,9 +67,10 @@ class RlSettings(Settings):
     by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
     `kl` holds the policy to the model it started as; `entropy` is a bonus; `imitation` weighs the likelihood
     of its own answers in rollouts that passed. `old` says whose log-probabilities the ratio starts from: the
-    sampler's, or the trainer's own. `correction` leaves out tokens on which the two differ by a factor
-    that is not in `correction_range` (IcePop), or weighs by it, at most the upper bound. With `mcla` (`{}`
-    for its defaults) one of the two is a mean over several passes.
+    sampler's, or the trainer's own. Of tokens on which the two differ by a factor that is not in
+    `correction_range`, `correction: icepop` leaves out all, `truncate` none; with `old: trainer` what stays
+    weighs by the factor, at most the upper bound (a ratio that starts from the sampler has it already). With
+    `mcla` (`{}` for its defaults) one of the two is a mean over several passes.
     """
 
     steps: int = 24

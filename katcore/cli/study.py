@@ -38,7 +38,11 @@ def mcla(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,  # noqa: FBT002
 ) -> None:
-    """Measure what averaging log-probabilities does for a tiny mixture of experts, and reinforce it."""
+    """Measure what averaging log-probabilities does for a tiny mixture of experts, and reinforce it.
+
+    Some forty minutes of one core. Runs that are done stay in the folder, and the same command goes on with
+    those that are left; to use several cores, give each a seed, then ask for all.
+    """
     from katcore.study import mcla as measured
     from katcore.study.race import Shape
     from katcore.study.show import curves, pictures
@@ -50,10 +54,9 @@ def mcla(
             ways=tuple(way.strip() for way in ways.split(",") if way.strip()) or measured.ALL_WAYS,
             shape=Shape(steps=steps),
         )
-        with bar(settings.num_steps) as step:
-            report = asyncio.run(measured.run(settings, step))
         folder = to or home() / "study"
-        folder.mkdir(parents=True, exist_ok=True)
+        with bar(settings.num_steps) as step:
+            report = asyncio.run(measured.run(settings, step, folder / "runs"))
         (folder / "mcla.json").write_text(json.dumps(report.as_json()))
         (folder / "mcla.html").write_text(pictures(report))
         for name, drawn in curves(report).items():

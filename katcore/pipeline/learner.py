@@ -161,4 +161,5 @@ def _sampled(samples: Sequence[Sample]) -> PerToken:
 def _correction(settings: RlSettings) -> Correction | None:
     if settings.correction == "none":
         return None
-    return Correction(settings.correction, *settings.correction_range)
+    low, high = settings.correction_range
+    return Correction(settings.correction, low, high, weighs=settings.old == "trainer")

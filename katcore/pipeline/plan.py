@@ -244,16 +244,17 @@ def _key(spec: StageSpec, keys: Mapping[str, str], plugins: Plugins) -> str:
         "expert": spec.expert,
         "config": spec.config,
         "inputs": {name: keys[name] for name in spec.inputs},
-        "code": {name: _code_hash(name) for name in packages}
-        | {f"katcore.{name}": _code_hash(f"katcore.{name}") for name in _CODE[spec.stage]}
-        | {"stage": _code_hash(f"katcore.pipeline.{spec.stage}")},
+        "code": {name: code_hash(name) for name in packages}
+        | {f"katcore.{name}": code_hash(f"katcore.{name}") for name in _CODE[spec.stage]}
+        | {"stage": code_hash(f"katcore.pipeline.{spec.stage}")},
     }
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
-def _code_hash(name: str) -> str:
+def code_hash(name: str) -> str:
+    """Of all files of a package, or of one module."""
     spec = util.find_spec(name)
     if spec is None or spec.origin is None:
         return ""

@@ -12,8 +12,9 @@ What is asked, and what would be an answer, is in docs/explanation/mcla.md.
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +22,7 @@ from katcore.errors import ConfigError
 from katcore.inference.embedded import EmbeddedEngine
 from katcore.pipeline.prefill import engine_passes
 from katcore.schema.call import Sampling
+from katcore.study.kept import Kept
 from katcore.study.noise import COUNTS, Noise, drawn_with, injected, measured
 from katcore.study.race import SOURCES, WAYS, Entry, Run, Shape, race, rl_settings
 from katcore.study.sorting import Sorting, sorting
@@ -123,8 +125,8 @@ class Report:
         return "kept" if min(kept) > 0 else "not kept in every seed"
 
 
-async def run(settings: Settings, step: Callable[[str], None]) -> Report:
-    """Train, measure, reinforce. `step` is told what is at work."""
+async def run(settings: Settings, step: Callable[[str], None], folder: Path) -> Report:
+    """Train, measure, reinforce. `step` is told what is at work; `folder` keeps the runs that are done."""
     limit_threads(1)
     task = sorting(settings.digits)
     model = _base(task, settings, step)
@@ -134,10 +136,18 @@ async def run(settings: Settings, step: Callable[[str], None]) -> Report:
         one.reward or 0.0 for one in await task.attempt(exact, held_out, 1, temperature=0.0)
     )
     found = await _noises(model, task, settings, step)
+    kept = Kept(folder, replace(settings, seeds=(), ways=(), samples=0))
     runs = []
     for entry in settings.entries:
         told = partial(step, f"{entry.source}, {entry.way}, seed {entry.seed}")
-        runs.append(await race(model, task, entry, settings.shape, told))
+        made = kept.read(entry)
+        if made:
+            for _ in range(settings.shape.steps):
+                told()
+        else:
+            made = await race(model, task, entry, settings.shape, told)
+            kept.write(made)
+        runs.append(made)
     return Report(settings, greedy, found, runs)
 
 

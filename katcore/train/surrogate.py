@@ -41,13 +41,16 @@ PerToken = Mapping[str, Sequence[float]]
 class Correction:
     """What is done about a sampler that is not quite the policy it samples for, k = pi_trainer / pi_sampler.
 
-    `icepop` leaves out tokens whose k is not in [low, high] (also out of the product of their turn); with
-    `truncate` a unit is weighed by its k, at most `high` (truncated importance sampling).
+    `icepop` leaves out tokens whose k is not in [low, high] (also out of the product of their turn);
+    `truncate` leaves out none. Then a unit is weighed by its k, at most `high` (truncated importance
+    sampling; inside the range, IcePop's own weight), if it `weighs`: ratios that start from the sampler
+    have k in them already.
     """
 
     kind: Literal["icepop", "truncate"]
     low: float = 0.5
     high: float = 5.0
+    weighs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +189,17 @@ class PolicyGradient(Objective):
 
     def _corrected(self, apart_N: Tensor, joined: "_Joined") -> tuple[Tensor, Tensor]:
         """The weight of each unit, and which tokens stay. `apart_N` is log k."""
-        one_U, all_N = torch.ones_like(joined.plus_U), torch.ones_like(apart_N, dtype=torch.bool)
+        keep_N = torch.ones_like(apart_N, dtype=torch.bool)
         correction = self._shape.correction
         if correction is None:
-            return one_U, all_N
+            return torch.ones_like(joined.plus_U), keep_N
         if correction.kind == "icepop":
             low, high = math.log(correction.low), math.log(correction.high)
-            return one_U, (apart_N >= low) & (apart_N <= high)
-        return joined.ratios(apart_N, all_N).clamp(max=correction.high), all_N
+            keep_N = (apart_N >= low) & (apart_N <= high)
+        has_tokens_U = joined.sums(keep_N) > 0
+        if not correction.weighs:
+            return has_tokens_U.double(), keep_N
+        return has_tokens_U * joined.ratios(apart_N, keep_N).clamp(max=correction.high), keep_N
 
     def _per_token(
         self,
@@ -260,12 +266,15 @@ class _Joined:
 
     def ratios(self, apart_N: Tensor, keep_N: Tensor) -> Tensor:
         """The ratio of each unit: of the sum, or mean, of log-ratios over its tokens that stay, (U,)."""
-        zero_U = torch.zeros_like(self.plus_U)
-        kept_P = keep_N[self._token_P].double()
-        sum_U = zero_U.index_add(0, self._unit_P, apart_N.double()[self._token_P] * kept_P)
+        sum_U = self.sums(apart_N.double() * keep_N)
         if self._is_mean:
-            sum_U = sum_U / zero_U.index_add(0, self._unit_P, kept_P).clamp(min=1)
+            sum_U = sum_U / self.sums(keep_N).clamp(min=1)
         return sum_U.exp()
+
+    def sums(self, values_N: Tensor) -> Tensor:
+        """The sum over the tokens of each unit, (U,)."""
+        zero_U = torch.zeros_like(self.plus_U)
+        return zero_U.index_add(0, self._unit_P, values_N.double()[self._token_P])
 
 
 def _is_good(batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:

@@ -73,9 +73,9 @@ def test_a_seed_is_another_run(plugins: Plugins) -> None:
 
 def test_code_changes_the_keys(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
     before = build_plan(PRESET, plugins, experts=["terminal"])
-    real = plan._code_hash
+    real = plan.code_hash
     monkeypatch.setattr(
-        plan, "_code_hash", lambda name: name if name == "kat_terminal" else real(name)
+        plan, "code_hash", lambda name: name if name == "kat_terminal" else real(name)
     )
     after = build_plan(PRESET, plugins, experts=["terminal"])
     assert before.keys["base"] == after.keys["base"]

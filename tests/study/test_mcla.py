@@ -1,9 +1,12 @@
 """The study measures what it says, and all of it runs."""
 
+import asyncio
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,10 +15,12 @@ from katcore.cli import app
 from katcore.errors import ConfigError
 from katcore.pipeline.prefill import engine_passes
 from katcore.schema.call import Sampling
+from katcore.study import mcla
+from katcore.study.kept import Kept
 from katcore.study.mcla import Report, Settings, run
 from katcore.study.noise import drawn_with, injected, measured
 from katcore.study.plot import lines
-from katcore.study.race import WAYS, Entry, NoisyEngine, Run, Shape, rl_settings
+from katcore.study.race import WAYS, Entry, NoisyEngine, Run, Shape, race, rl_settings
 from katcore.study.show import curves, pictures
 from katcore.study.sorting import sorting
 from katcore.train.mcla import variance
@@ -94,9 +99,9 @@ def test_the_verdict_is_what_was_asked_beforehand() -> None:
     assert next(iter(report(0.5, 0.4).rows()))[2:5] == ("0.500", "0.800", "0.80 0.80")
 
 
-async def test_a_way_that_is_not_there_is_refused() -> None:
+def test_a_way_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="no way named 'luck'; choose from: one pass"):
-        await run(Settings(ways=("luck",)), lambda _: None)
+        Settings(ways=("luck",))
 
 
 def test_lines_are_drawn_where_they_can_be() -> None:
@@ -108,9 +113,9 @@ def test_lines_are_drawn_where_they_can_be() -> None:
     assert "<script>" not in lines("<script>", {"<script>": [(0, 1), (1, 2)]})
 
 
-async def test_the_whole_study_runs() -> None:
+def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    found = await run(TINY, told.append)
+    found = asyncio.run(run(TINY, told.append, tmp_path))
     assert len(told) == TINY.num_steps
     gaps = {item.name: item.gap for item in found.noises}
     assert gaps["float32"] < 1e-5 < gaps["bfloat16"] < gaps["bfloat16, jitter 0.6"]
@@ -123,6 +128,27 @@ async def test_the_whole_study_runs() -> None:
     drawn = curves(found)
     assert len(drawn) == 3
     assert [one.count("<polyline") for one in drawn.values()] == [3, 4, 4]
+    # A study that is asked for again has its runs; one that was ended makes those that are left.
+    next(tmp_path.glob("float32-one-pass-0.*.json")).unlink()
+    made: list[Entry] = []
+
+    async def noted(model: Any, task: Any, entry: Entry, *given: Any) -> Run:
+        made.append(entry)
+        return await race(model, task, entry, *given)
+
+    monkeypatch.setattr(mcla, "race", noted)
+    again = asyncio.run(run(TINY, told.append, tmp_path))
+    assert made == [Entry("float32", "one pass", 0)]
+    assert len(told) == 2 * TINY.num_steps
+    assert [item.learnt for item in again.runs] == [item.learnt for item in found.runs]
+
+
+def test_runs_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    (made, *_) = report(0.5, 0.7).runs
+    Kept(tmp_path, TINY).write(made)
+    assert Kept(tmp_path, TINY).read(made.entry) == made
+    assert Kept(tmp_path, TINY).read(replace(made.entry, seed=1)) is None
+    assert Kept(tmp_path, replace(TINY, base_steps=21)).read(made.entry) is None
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:

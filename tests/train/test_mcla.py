@@ -156,7 +156,7 @@ def test_a_mean_and_icepop_written_out() -> None:
     logits = logits_of(batch).detach()
     mean = mean_of(samples, 4)
     apart = {one.rollout_id: [0.0, 2.0, -0.05, 0.0] for one in samples}
-    shape = Clipped("turn", "rollout", correction=Correction("icepop"))
+    shape = Clipped("turn", "rollout", correction=Correction("icepop", weighs=False))
     objective = PolicyGradient(ADVANTAGES, shape, old=mean, apart=apart)
     logprob = logits.log_softmax(1).gather(1, batch.targets_N[:, None])[:, 0].tolist()
     total = 0.0

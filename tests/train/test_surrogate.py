@@ -278,7 +278,9 @@ def test_trl_has_the_same_loss_and_gradient(
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_icepop_leaves_out_what_sampler_and_trainer_do_not_agree_on() -> None:
+@pytest.mark.parametrize("weighs", [True, False])
+def test_icepop_leaves_out_what_sampler_and_trainer_do_not_agree_on(*, weighs: bool) -> None:
+    """Where ratios start from the trainer, what stays weighs by trainer over sampler."""
     samples = rows()
     batch = collate(samples)
     logits = logits_of(batch).detach()
@@ -288,7 +290,9 @@ def test_icepop_leaves_out_what_sampler_and_trainer_do_not_agree_on() -> None:
         for n, one in enumerate(samples)
     }
     icepop = PolicyGradient(
-        ADVANTAGES, Clipped("turn", "rollout", correction=Correction("icepop")), old=old
+        ADVANTAGES,
+        Clipped("turn", "rollout", correction=Correction("icepop", weighs=weighs)),
+        old=old,
     )
     found = icepop(logits, batch, samples)
     logprob = logits.log_softmax(1).gather(1, batch.targets_N[:, None])[:, 0]
@@ -297,9 +301,31 @@ def test_icepop_leaves_out_what_sampler_and_trainer_do_not_agree_on() -> None:
         for turn, n in enumerate((4 * row, 4 * row + 3)):
             ratio = math.exp(float(logprob[n]) - old[f"r{row}"][n % 4])
             advantage = ADVANTAGES[f"r{row}"][0][turn]
-            total -= min(ratio * advantage, max(0.8, min(1.28, ratio)) * advantage) / 2
+            gain = min(ratio * advantage, max(0.8, min(1.28, ratio)) * advantage)
+            total -= (math.exp(apart[n]) if weighs else 1.0) * gain / 2
     assert float(found) == pytest.approx(total)
     assert icepop.rates()["dropped_rate"] == 0.5
+
+
+def test_icepop_by_token_is_as_its_authors_print_it() -> None:
+    """M(k) = k in the range, else 0, times what PPO has: so a token that is out adds nothing to the loss."""
+    samples = rows()
+    batch = collate(samples)
+    logits = logits_of(batch).detach()
+    apart = [0.0, 3.0, -3.0, 0.1, -0.6, 1.5, 1.7, 0.0, 0.4, -0.8, -0.5, 0.2]
+    said = (batch.old_N + torch.tensor(apart)).tolist()
+    old = {one.rollout_id: said[4 * n : 4 * n + 4] for n, one in enumerate(samples)}
+    shape = Clipped("token", "rollout", correction=Correction("icepop"))
+    found = PolicyGradient(ADVANTAGES, shape, old=old)(logits, batch, samples)
+    logprob = logits.log_softmax(1).gather(1, batch.targets_N[:, None])[:, 0]
+    total = 0.0
+    for n, log_k in enumerate(apart):
+        k = math.exp(log_k)
+        ratio = math.exp(float(logprob[n]) - said[n])
+        advantage = ADVANTAGES[f"r{n // 4}"][0][n % 4 // 2]
+        gain = min(ratio * advantage, max(0.8, min(1.28, ratio)) * advantage)
+        total -= (k if 0.5 <= k <= 5.0 else 0.0) * gain / 4
+    assert float(found) == pytest.approx(total)
 
 
 def test_truncation_weighs_a_unit_by_what_the_sampler_should_have_said() -> None:
