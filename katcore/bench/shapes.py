@@ -54,8 +54,12 @@ def apart(num_tokens: int) -> list[int]:
 SHAPES: dict[str, Shape] = {"fork": fork, "turns": turns}
 
 
-def tree(parents: list[int], vocabulary: int, seed: int) -> Sample:
-    """A sample with those parents and drawn ids, every other run of 16 tokens trained."""
+def tree(
+    parents: list[int], vocabulary: int, seed: int, trained: list[bool] | None = None
+) -> Sample:
+    """A sample with those parents and drawn ids; if not said otherwise, every other run of 16 is trained."""
+    if trained is None:
+        trained = [above >= 0 and token % 32 >= 16 for token, above in enumerate(parents)]
     choose = random.Random(seed)
     num = len(parents)
     below = set(parents)
@@ -66,7 +70,7 @@ def tree(parents: list[int], vocabulary: int, seed: int) -> Sample:
     return Sample(
         tuple(choose.randrange(vocabulary) for _ in range(num)),
         tuple(parents),
-        tuple(parents[token] >= 0 and token % 32 >= 16 for token in range(num)),
+        tuple(trained),
         (0.0,) * num,
         tuple(branches),
         f"tree-{seed}",

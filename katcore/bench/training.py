@@ -12,7 +12,7 @@ from typing import Any
 
 from katcore.bench.aim import Aim
 from katcore.bench.disk import machine
-from katcore.bench.recorded import recorded
+from katcore.bench.recorded import scaled, sessions
 from katcore.bench.shapes import SHAPES, apart, tree
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
@@ -27,8 +27,8 @@ from katcore.train.measure import (
 )
 
 POR = (0.0, 0.3, 0.5, 0.7, 0.846, 0.9)
-_CALLS = {"agent": 12, "agent, long": 30}
-"""Shapes that are recorded, and of how many calls; the last one is the larger point."""
+_LONGER = {"opencode": 5, "openclaw": 2}
+"""Recorded sessions that are there once more, so many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Settings:
     @property
     def num_parts(self) -> int:
         """How many times a progress bar moves."""
-        return 1 + len(SHAPES) * (len(POR) - 1) + len(_CALLS)
+        return 1 + len(SHAPES) * (len(POR) - 1) + len(sessions()) + len(_LONGER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,12 @@ def _trees(tokens: int, vocabulary: int) -> Iterator[tuple[str, Sample]]:
     for shape, parents in SHAPES.items():
         for por in POR[1:]:
             yield shape, tree(parents(tokens, por), vocabulary, seed=0)
-    for shape, num_calls in _CALLS.items():
-        yield shape, recorded(max(1, num_calls * tokens // 2048), vocabulary)
+    for name, session in sessions().items():
+        agent = name.split()[0]
+        for shape, times in ((agent, 1), (f"{agent}, long", _LONGER.get(agent, 0))):
+            if times:
+                above, trained = scaled(session, times * tokens)
+                yield shape, tree(above, vocabulary, seed=0, trained=trained)
 
 
 def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:

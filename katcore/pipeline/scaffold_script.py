@@ -58,7 +58,7 @@ class Player(ScriptedEngine):
         return "submit" if isinstance(said, str) else json.loads(said[0].arguments)["command"]
 
 
-def _call(tool: Tool, **known: Any) -> tuple[ToolCall, ...]:
+def call_of(tool: Tool, **known: Any) -> tuple[ToolCall, ...]:
     """A call of a tool with what it requires; values it does not name are made up from its schema."""
     schema = json.loads(tool.parameters)
     arguments: dict[str, Any] = {}
@@ -77,11 +77,12 @@ def _made_up(about: dict[str, Any]) -> Any:
     return simple.get(about.get("type", "string"), "a step")
 
 
-def _shell(request: EngineRequest, command: str) -> Turn:
+def shell(request: EngineRequest, command: str) -> Turn:
+    """A call of the shell that is offered; where none is, the request is one for a title."""
     for name in _SHELLS:
         for tool in request.tools:
             if tool.name == name:
-                return _call(tool, command=command, cmd=command, commands=[command])
+                return call_of(tool, command=command, cmd=command, commands=[command])
     return _TITLE
 
 
@@ -102,7 +103,7 @@ def _work(request: EngineRequest, number: int) -> Turn:
     steps = ["echo hello > hello.txt", "cat hello.txt"]
     if any(_SUBMIT in message.content for message in request.messages):
         steps.append(f"echo {_SUBMIT}")
-    return _shell(request, steps[number]) if number < len(steps) else "Done."
+    return shell(request, steps[number]) if number < len(steps) else "Done."
 
 
 def _delegate(request: EngineRequest, number: int) -> Turn:
@@ -110,21 +111,21 @@ def _delegate(request: EngineRequest, number: int) -> Turn:
     said = [message.content for message in request.messages if message.role == "user"]
     is_inner = any(_INNER in text for text in said[:2]) and "hello.txt" not in "".join(said[:2])
     if is_inner:
-        return _shell(request, "ls") if number == 0 else "There is a README.md in this folder."
+        return shell(request, "ls") if number == 0 else "There is a README.md in this folder."
     offered = next((tool for tool in request.tools if tool.name in AGENTS), None)
     if offered is None:
         return _work(request, number)
     if number == 0:
         kind = AGENTS[offered.name]
         texts = {"prompt": _INNER, "task": _INNER, "description": "look around"}
-        return _call(offered, **texts, **({"subagent_type": kind} if kind else {}))
+        return call_of(offered, **texts, **({"subagent_type": kind} if kind else {}))
     return _work(request, number - 1)
 
 
 def _endless(request: EngineRequest, number: int) -> Turn:
     if _takes_edits(request):
         return _edit(min(number, _MISFITS - 1))
-    return _shell(request, f"echo {number}")
+    return shell(request, f"echo {number}")
 
 
 class _Busy:

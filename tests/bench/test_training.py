@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from katcore.bench import training
+from katcore.bench.recorded import scaled, sessions, stretches
 from katcore.bench.shapes import SHAPES, tree
 from katcore.cli import app
 from katcore.config import ModelSettings
@@ -24,6 +25,26 @@ def test_shapes_share_what_they_are_asked_to(name: str, por: float) -> None:
     flat = sum(depth[token] + 1 for token in set(range(len(parents))) - set(parents))
     assert len(parents) == pytest.approx(2048, rel=0.01)
     assert 1 - len(parents) / flat == pytest.approx(por, abs=0.005)
+
+
+def test_a_session_keeps_its_shape_at_any_size() -> None:
+    for session in sessions().values():
+        length = sum(stretch.length for stretch in session)
+        parents, trained = scaled(session, length)
+        assert stretches(tuple(parents), tuple(trained)) == session
+        less = scaled(session, length // 20)
+        assert len(less[0]) == pytest.approx(length / 20, rel=0.02)
+        assert sum(less[1]) / len(less[1]) == pytest.approx(sum(trained) / length, rel=0.2)
+
+
+def test_what_agents_share_is_as_the_page_says() -> None:
+    shared = {}
+    for name, session in sessions().items():
+        parents, _ = scaled(session, 4096)
+        depth = depths(parents)
+        flat = sum(depth[token] + 1 for token in set(range(len(parents))) - set(parents))
+        shared[name.split()[0]] = 1 - len(parents) / flat
+    assert shared["claude-code"] < shared["opencode"] < 0.5 < 0.9 < shared["openclaw"]
 
 
 def test_all_ways_have_the_same_gradients() -> None:
@@ -58,7 +79,7 @@ def test_the_command_prints_rows_and_draws_them(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*options.split(), str(tmp_path / "tree.svg")])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    assert len(rows) == 1 + len(SHAPES) * (len(training.POR) - 1) + 2
+    assert len(rows) == 1 + len(SHAPES) * (len(training.POR) - 1) + 5
     assert all(row["speedup"] > 0 and row["bound_fraction"] > 0 for row in rows)
     drawn = ElementTree.parse(tmp_path / "tree.svg").getroot()
     assert len(drawn.findall("{*}polyline")) == 3 * len(SHAPES)

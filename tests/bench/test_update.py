@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 from katcore.bench import update
-from katcore.bench.recorded import recorded
 from katcore.cli import app
 from katcore.train.rival import Side
 
@@ -39,11 +38,3 @@ def test_steps_that_differ_are_no_figure(monkeypatch: pytest.MonkeyPatch) -> Non
     result = CliRunner().invoke(app, options.split())
     assert result.exit_code == 2
     assert "sft, equal: the losses of TRL's steps and of ours are not the same" in result.output
-
-
-def test_a_recorded_tree_is_what_an_agent_leaves() -> None:
-    tree = recorded(12, 4096)
-    assert max(tree.tokens) < 4096
-    assert len(set(range(len(tree.parents))) - set(tree.parents)) == 4
-    assert any(tree.trained)
-    assert recorded(12, 4096) == tree
