@@ -73,6 +73,7 @@ def _print_tree(report: "TreeReport") -> None:
         "share",
         "memory",
         "padded",
+        "its memory",
         "in parts",
         "held",
     )
@@ -90,6 +91,7 @@ def _print_tree(report: "TreeReport") -> None:
             f"{row.bound_fraction:.0%}",
             f"{row.mem_ratio:.2f}",
             f"{row.speedup_padded:.2f}",
+            f"{row.mem_ratio_padded:.2f}",
             f"{row.parts_speedup:.2f}",
             f"{row.parts_ratio:.2f}",
         )
