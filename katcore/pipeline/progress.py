@@ -16,6 +16,8 @@ WARNINGS = "warnings.txt"
 _LOG = logging.getLogger(__name__)
 _EVERY_S = 0.3
 _TRACK_EVERY_S = 5.0
+_PATIENCE = 10
+"""So many times as long as MLflow took to fail, it is left alone: a database that is locked takes long."""
 
 
 Show = Callable[[int, int, Mapping[str, float]], None]
@@ -47,7 +49,7 @@ class Progress:
         self._started_s = time.time()
         self._first_step: int | None = None
         self._written_s = 0.0
-        self._tracked_s = time.time()
+        self._track_at_s = time.time() + _TRACK_EVERY_S
         self._pending: list[tuple[int, dict[str, float]]] = []
         self._run: Any = None
         self._is_cut_off = False
@@ -79,7 +81,7 @@ class Progress:
             self._write(
                 {"step": step + 1, "steps": steps, "left_s": left_s, "metrics": dict(metrics or {})}
             )
-        if self._pending and now - self._tracked_s > _TRACK_EVERY_S:
+        if self._pending and now > self._track_at_s:
             self._track()
 
     def close(self) -> None:
@@ -90,9 +92,12 @@ class Progress:
             self._told(self._run.end)
 
     def _track(self) -> None:
-        self._tracked_s = time.time()
+        started_s, wait_s = time.time(), _TRACK_EVERY_S
         if self._told(self._send):
             self._pending = []
+        else:
+            wait_s = max(wait_s, _PATIENCE * (time.time() - started_s))
+        self._track_at_s = time.time() + wait_s
 
     def _told(self, call: Callable[[], None]) -> bool:
         """Whether MLflow took it; if not, that is said once until it does again."""

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from katcore.plugin import Plugins
 from katcore.schema.call import Message
 from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.train import checkpoint
 from tests.inference.tiny import CONTEXT, write_tiny_model
 
 SHORT = {"context": CONTEXT, "threads": 1}
@@ -195,6 +198,40 @@ def test_after_a_kill_the_losses_are_those_that_would_have_been(
         {(one.id.split(".")[0], one.task_id, one.attempt) for one in rollouts}
     )
     assert len(rollouts) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["rl", "distill"])
+def test_what_takes_long_between_steps_keeps_no_agent_waiting(
+    folder: Path, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next step's rollouts are being made; asyncio in debug mode says how long their loop stood still."""
+    monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")
+    write, slept = checkpoint.write, []
+
+    def write_slowly(*given: Any) -> None:
+        if not slept:
+            time.sleep(4)
+        slept.append("write")
+        write(*given)
+
+    def show(step: int, steps: int, metrics: Any) -> None:
+        if step == 0:
+            time.sleep(4)
+            slept.append("show")
+
+    monkeypatch.setattr(checkpoint, "write", write_slowly)
+    config = RL | {"rl": RL_STEPS | {"steps": 2, "checkpoint_every": 1}}
+    if verb == "distill":
+        shell = AGENT | {"teacher": "base"}
+        settings = {"steps": 2, "prompts": 2, "checkpoint_every": 1}
+        config = DISTILL | {"domains": {"shell": shell}, "distill": settings}
+    path = written(folder, verb, config | AHEAD)
+    with caplog.at_level("WARNING", "asyncio"):
+        run(path, load_training(path, CONFIGS[verb]), Plugins.installed(), show)
+    assert set(slept) == {"show", "write"}
+    said = re.findall(r"Executing .* took ([\d.]+) seconds", caplog.text)
+    assert max(map(float, said), default=0.0) < 3.5
 
 
 @pytest.mark.parametrize(
