@@ -32,6 +32,7 @@ class SftSettings(Settings):
     """Supervised fine-tuning on verified demonstrations.
 
     With `mask_failed`, an answer whose tool call failed is context: what comes after it is learnt, it is not.
+    A training that is killed goes on from its last checkpoint: one is written every `checkpoint_every` steps.
     """
 
     steps: int = 160
@@ -40,6 +41,7 @@ class SftSettings(Settings):
     lr: float = 2e-3
     warmup: int = 20
     final_lr: float = 0.1
+    checkpoint_every: int = Field(default=50, ge=1)
 
 
 class MclaSettings(Settings):
@@ -97,7 +99,7 @@ class RlSettings(Settings):
     correction_range: tuple[float, float] = (0.5, 5.0)
     mcla: MclaSettings | None = None
     temperature: float = 1.0
-    checkpoint_every: int = 10
+    checkpoint_every: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
     def _check_correction(self) -> "RlSettings":
@@ -164,7 +166,7 @@ class DistillSettings(Settings):
     overlap_power: float = Field(default=1.0, ge=0)
     truncate_after: int = Field(default=0, ge=0)
     truncate_below: float = Field(default=0.5, ge=0, le=1)
-    checkpoint_every: int = 10
+    checkpoint_every: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
     def _check_parts(self) -> "DistillSettings":

@@ -28,7 +28,9 @@ def run(job: Job) -> dict[str, float]:
     file = RolloutFile(job.out / "rollouts.jsonl")
     asyncio.run(_replay(job, file))
     file.close()
-    rollouts = sorted(file.read(), key=lambda rollout: rollout.task_id)
+    # Of a task whose rollout was lost and made again, the last one counts.
+    by_task = {rollout.task_id: rollout for rollout in file.read()}
+    rollouts = [by_task[name] for name in sorted(by_task)]
     passed = [rollout for rollout in rollouts if rollout.reward == 1.0]
     samples = samples_of(job, expert, passed)
     audit = audit_samples(samples, calls_by_session(job.out / "calls.jsonl"))
@@ -46,7 +48,7 @@ def run(job: Job) -> dict[str, float]:
 
 async def _replay(job: Job, file: RolloutFile) -> None:
     expert = job.plugins.experts()[job.spec.expert]
-    done = {rollout.task_id for rollout in file.read()}
+    done = {rollout.task_id for rollout in file.read() if rollout.outcome is Outcome.SCORED}
     tasks = tasks_of(job, expert, "train")
     num_tasks = min(len(tasks), job.preset.collect.max_tasks)
     tasks = random.Random(f"{job.seed}/collect").sample(tasks, num_tasks)

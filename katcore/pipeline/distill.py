@@ -7,10 +7,12 @@ recorded; they are trained on only where the settings say so.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from katcore.config import DistillSettings, is_first_process
@@ -21,7 +23,7 @@ from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import (
     Rollouts,
     StepRollouts,
-    facts_of,
+    mixed,
     open_rollouts,
     samples_of,
     tasks_of,
@@ -94,7 +96,9 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     settings = job.preset.distill
     chat = ChatTokenizer(start)
     for domain in domains:
-        check_teacher(job, start, chat, domain)
+        check_teacher(start, chat, domain)
+    if is_first_process():  # origins are told by all weights, which take long to read
+        _warn_of_strangers(job, start, domains)
     model = load_trainable(start, job.preset, job.seed)
     updates = settings.cold_steps + settings.steps * settings.epochs
     schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
@@ -107,8 +111,8 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
     return {"kl_first": history[0], "kl_last": history[-1]} if history else {}
 
 
-def check_teacher(job: Job, start: Path, chat: ChatTokenizer, domain: Domain) -> None:
-    """Warn of a teacher of foreign origin: it is far away, and entropy may collapse (arXiv 2606.30406).
+def check_teacher(start: Path, chat: ChatTokenizer, domain: Domain) -> None:
+    """Whether a domain's teacher reads as the student does.
 
     Raises:
         StageError: it cannot score the student's ids.
@@ -120,11 +124,16 @@ def check_teacher(job: Job, start: Path, chat: ChatTokenizer, domain: Domain) ->
             f" {', '.join(found)}; a teacher scores the student's very ids, so both need one tokenizer and"
             " one chat template"
         )
-    if not ancestors(start) & ancestors(domain.model):
-        job.progress.warn(
-            f"{domain.name}: the teacher {domain.model} and the student {start} are not known to come from"
-            " one model; watch kl and entropy, or begin both with the same fine-tuned model"
-        )
+
+
+def _warn_of_strangers(job: Job, start: Path, domains: Sequence[Domain]) -> None:
+    """A teacher of foreign origin is far away, and entropy may collapse (arXiv 2606.30406)."""
+    for domain in domains:
+        if not ancestors(start) & ancestors(domain.model):
+            job.progress.warn(
+                f"{domain.name}: the teacher {domain.model} and the student {start} are not known to come"
+                " from one model; watch kl and entropy, or begin both with the same fine-tuned model"
+            )
 
 
 class _Loop:
@@ -194,11 +203,14 @@ class _Loop:
         sampling = Sampling(self._settings.temperature, self._job.preset.max_new_tokens)
         parts = [rollouts.parts(domain.expert, sampling) for domain in self._domains]
 
-        async def make(step: int) -> list[Rollout]:
-            for domain, own in zip(self._domains, parts, strict=True):
-                attempts = self._attempts(engine, domain, made.label(step), step)
-                await made.make(rollouts, attempts, own, step)
-            return made.of(step)
+        def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
+            label = made.label(step)
+            work = [
+                [(attempt, own) for attempt in self._attempts(engine, domain, label, step)]
+                for domain, own in zip(self._domains, parts, strict=True)
+            ]
+            # Of all domains at once: while one waits for its sandboxes, another has the engine answer.
+            return made.make(rollouts, mixed(work), step)
 
         return make
 
@@ -209,9 +221,9 @@ class _Loop:
         metrics |= stream.shares()
         history.append(metrics["kl"])
         done, total = settings.cold_steps + step, settings.cold_steps + settings.steps
-        job.progress.step(done, total, metrics)
+        await stream.aside(job.progress.step, done, total, metrics)
         if (step + 1) % settings.checkpoint_every == 0:
-            self._trainer.save(job.checkpoint, history=history)
+            await stream.aside(partial(self._trainer.save, job.checkpoint, history=history))
 
     def _attempts(self, engine: Engine, domain: Domain, label: str, step: int) -> Iterator[Attempt]:
         num, seed = domain.settings.prompts, self._job.seed + 29
@@ -225,13 +237,15 @@ class _Loop:
         for domain in self._domains:
             own = [rollout for rollout in rollouts if rollout.domain == domain.name]
             samples += samples_of(self._job, domain.expert, own)
-            metrics[f"reward/{domain.name}"] = facts_of(own)["reward"]
+            if rewards := [rollout.reward for rollout in own if rollout.reward is not None]:
+                metrics[f"reward/{domain.name}"] = fmean(rewards)
         if not samples:
             raise StageError("no rollout of this step was scored; rollouts.jsonl has their errors")
         objective = self._objective(samples, self._shape)
         updates = [self._update(samples, objective) for _ in range(self._settings.epochs)]
         clipped = {name: updates[-1][name] for name in ("clip_rate",) if name in updates[-1]}
-        return metrics | updates[0] | clipped
+        skipped = {"skipped": sum(update["skipped"] for update in updates)}
+        return metrics | updates[0] | clipped | skipped
 
     def _objective(self, samples: Sequence[Sample], shape: Divergence) -> Distillation:
         return Distillation(

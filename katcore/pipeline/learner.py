@@ -10,7 +10,7 @@ from katcore.pipeline.prefill import engine_passes, trainer_passes
 from katcore.schema.call import Sampling
 from katcore.schema.sample import Sample
 from katcore.train import ranks
-from katcore.train.advantage import group_advantages, no_advantage, penalised
+from katcore.train.advantage import Advantages, group_advantages, no_advantage, penalised
 from katcore.train.lockstep import copied
 from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
@@ -64,16 +64,12 @@ class Learner:
             self._reference = Reference(copied(trainer.model), settings.temperature)
 
     async def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """All passes over the samples of one step; the last update's metrics, and the step's."""
+        """All passes over the samples of one step; the last update's metrics, and the step's.
+
+        `skipped` are all updates that changed nothing.
+        """
         settings = self._settings
-        advantages = group_advantages(
-            samples, discount=settings.discount, baseline=settings.baseline
-        )
-        advantages = penalised(advantages, samples, settings.failed_penalty)
-        if settings.imitation:
-            for sample in samples:
-                if sample.reward == 1.0:
-                    advantages.setdefault(sample.rollout_id, no_advantage(sample))
+        advantages = await self._run(self._advantages, samples)
         useful = [sample for sample in samples if sample.rollout_id in advantages]
         metrics = {"num_useful": float(len(useful))}
         if not useful:
@@ -85,11 +81,27 @@ class Learner:
         )
         if passes and settings.mcla and settings.mcla.passes > 1:
             metrics |= await self._run(self._seen, useful, passes, objective)
+        num_skipped = 0.0
         for number in range(settings.epochs * settings.minibatches):
             part = useful[number % settings.minibatches :: settings.minibatches]
             if part:
-                metrics |= await self._run(self._trainer.update, part, objective)
-        return metrics | objective.rates()
+                update = await self._run(self._trainer.update, part, objective)
+                num_skipped += update["skipped"]
+                metrics |= update
+        return metrics | objective.rates() | {"skipped": num_skipped}
+
+    def _advantages(self, samples: Sequence[Sample]) -> Advantages:
+        """Those of the rollouts that something is learnt from."""
+        settings = self._settings
+        advantages = group_advantages(
+            samples, discount=settings.discount, baseline=settings.baseline
+        )
+        advantages = penalised(advantages, samples, settings.failed_penalty)
+        if settings.imitation:
+            for sample in samples:
+                if sample.reward == 1.0:
+                    advantages.setdefault(sample.rollout_id, no_advantage(sample))
+        return advantages
 
     async def _passes(self, samples: Sequence[Sample]) -> Passes | None:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -20,6 +21,13 @@ def ancestors(model: Path) -> frozenset[str]:
 def _weights(model: Path) -> frozenset[str]:
     found = set()
     for path in model.glob("*.safetensors"):
-        with path.open("rb") as file:
-            found.add(hashlib.file_digest(file, "sha256").hexdigest())
+        state = path.stat()
+        found.add(_digest(path, state.st_size, state.st_mtime_ns))
     return frozenset(found)
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    """Of a file in that state; weights take minutes to read, so once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

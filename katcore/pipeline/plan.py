@@ -232,6 +232,9 @@ def _base_config(preset: Preset) -> dict[str, Any]:
 
 def _dump(preset: Preset, *names: str) -> dict[str, Any]:
     content = preset.model_dump(mode="json")
+    for section in content.values():
+        if isinstance(section, dict):
+            section.pop("checkpoint_every", None)  # changes what a kill costs, and no result
     # All else of `scale` changes no more than rounding.
     content["precision"] = preset.scale.precision
     return {name: content[name] for name in names}

@@ -16,6 +16,8 @@ WARNINGS = "warnings.txt"
 _LOG = logging.getLogger(__name__)
 _EVERY_S = 0.3
 _TRACK_EVERY_S = 5.0
+_PATIENCE = 10
+"""So many times as long as MLflow took to fail, it is left alone: a database that is locked takes long."""
 
 
 Show = Callable[[int, int, Mapping[str, float]], None]
@@ -26,7 +28,8 @@ class Progress:
     """Reports of one running stage.
 
     `progress.json` holds the last state and is replaced whole. Numbers go to `out/curve.jsonl`, and in
-    batches to an MLflow run that is opened with the first of them.
+    batches to an MLflow run that is opened with the first of them. While MLflow fails they wait: no training
+    ends for it.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class Progress:
         self._started_s = time.time()
         self._first_step: int | None = None
         self._written_s = 0.0
-        self._tracked_s = time.time()
+        self._track_at_s = time.time() + _TRACK_EVERY_S
         self._pending: list[tuple[int, dict[str, float]]] = []
         self._run: Any = None
+        self._is_cut_off = False
         self.say("")
 
     def say(self, text: str) -> None:
@@ -77,17 +81,42 @@ class Progress:
             self._write(
                 {"step": step + 1, "steps": steps, "left_s": left_s, "metrics": dict(metrics or {})}
             )
-        if self._pending and now - self._tracked_s > _TRACK_EVERY_S:
+        if self._pending and now > self._track_at_s:
             self._track()
 
     def close(self) -> None:
         """Send what is left to MLflow and end its run."""
         if self._pending:
             self._track()
-        if self._run:
-            self._run.end()
+        if self._run and not self._is_cut_off:
+            self._told(self._run.end)
 
     def _track(self) -> None:
+        started_s, wait_s = time.time(), _TRACK_EVERY_S
+        if self._told(self._send):
+            self._pending = []
+        else:
+            wait_s = max(wait_s, _PATIENCE * (time.time() - started_s))
+        self._track_at_s = time.time() + wait_s
+
+    def _told(self, call: Callable[[], None]) -> bool:
+        """Whether MLflow took it; if not, that is said once until it does again."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  its database, network or server: none is the training's
+            if not self._is_cut_off:
+                _LOG.warning(
+                    "MLflow does not take the metrics of %s, which are in %s, too; they are sent again: %s",
+                    self._spec.id,
+                    CURVE,
+                    error,
+                )
+            self._is_cut_off = True
+            return False
+        self._is_cut_off = False
+        return True
+
+    def _send(self) -> None:
         if self._run is None:
             tracking = import_module("katcore.registry.tracking")
             tags = {
@@ -100,8 +129,6 @@ class Progress:
                 self._experiment, self._spec.id, tags, self._spec.config, self._work / "mlflow-run"
             )
         self._run.log(self._pending)
-        self._pending = []
-        self._tracked_s = time.time()
 
     def _write(self, state: Mapping[str, Any]) -> None:
         self._written_s = time.time()

@@ -105,8 +105,8 @@ class _Loop:
 
         def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
             # Chosen by the rates of now, whenever the first of them is begun.
-            attempts = list(self._attempts(engine, step))
-            return self._made.make(rollouts, attempts, parts, step)
+            work = [(attempt, parts) for attempt in self._attempts(engine, step)]
+            return self._made.make(rollouts, work, step)
 
         return make
 
@@ -125,14 +125,16 @@ class _Loop:
         for step in range(len(self._rewards), settings.steps):
             made, metrics = await stream.of(step)
             self._frontier.learn(made)
-            metrics |= await self._learn(learner, made)
+            samples = await stream.aside(samples_of, job, self._expert, made)
+            metrics["failed"] = sum(len(one.failed) for one in samples) / max(1, len(samples))
+            metrics |= await learner.learn(samples)
             metrics |= {"pass_rate": self._frontier.pass_rate} | stream.shares()
             self._rewards.append(metrics["reward"])
             self._made.forget(step)
             self._chosen.pop(step, None)
-            job.progress.step(step, settings.steps, metrics)
+            await stream.aside(job.progress.step, step, settings.steps, metrics)
             if (step + 1) % settings.checkpoint_every == 0:
-                self._save()
+                await stream.aside(self._save)
 
     def _go_on(self) -> None:
         """From the last checkpoint, if there is one."""
@@ -149,11 +151,6 @@ class _Loop:
         for name in self._chosen[step]:
             for number in range(self._settings.group):
                 yield Attempt(self._by_id[name], engine, number, self._made.label(step))
-
-    async def _learn(self, learner: Learner, rollouts: list[Rollout]) -> dict[str, float]:
-        samples = samples_of(self._job, self._expert, rollouts)
-        failed = sum(len(sample.failed) for sample in samples) / max(1, len(samples))
-        return await learner.learn(samples) | {"failed": failed}
 
     def _save(self) -> None:
         self._trainer.save(

@@ -1,6 +1,7 @@
 """What the stages that make rollouts share: proxy, sandboxes, the experts' parts, and durable results."""
 
 import statistics
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from katcore.errors import StageError
 from katcore.pipeline.stage import Job
 from katcore.protocols import Formatter, SandboxBackend
 from katcore.proxy.server import Proxy
-from katcore.rollout.collect import Limits, collect
+from katcore.rollout.collect import Limits, Work, collect_mixed
 from katcore.rollout.places import Places
 from katcore.rollout.single import Attempt, Parts
 from katcore.sandbox.lease import open_backend
@@ -55,21 +56,34 @@ class Rollouts:
         Raises:
             StageError: after the last, if more than a tenth was lost to infrastructure.
         """
-        limits = Limits(self.job.preset.concurrency, self.places, rank)
         num = 0
         lost: list[Rollout] = []
-        async for rollout in collect(attempts, parts, limits):
+        async for rollout in self.mixed(((attempt, parts) for attempt in attempts), rank):
             num += 1
             if rollout.outcome is not Outcome.SCORED:
                 lost.append(rollout)
+            yield rollout
+        if _is_too_many(len(lost), num):
+            raise _lost(lost, num)
+
+    async def mixed(self, work: Iterable[Work], rank: int = 0) -> AsyncIterator[Rollout]:
+        """As `run`, of several experts' attempts; however many are lost."""
+        limits = Limits(self.job.preset.concurrency, self.places, rank)
+        async for rollout in collect_mixed(work, self.backend, limits):
             self.job.plugins.notify("katcore_rollout_finished", RolloutFinished(rollout))
             yield rollout
-        if len(lost) > max(1, _MAX_LOST * num):
-            first = lost[0]
-            raise StageError(
-                f"{len(lost)} of {num} rollouts were lost to infrastructure; the first, {first.id}:"
-                f" {first.outcome}: {first.error}"
-            )
+
+
+def _is_too_many(num_lost: int, num: int) -> bool:
+    return num_lost > max(1, _MAX_LOST * num)
+
+
+def _lost(lost: Sequence[Rollout], num: int) -> StageError:
+    first = lost[0]
+    return StageError(
+        f"{len(lost)} of {num} rollouts were lost to infrastructure; the first, {first.id}:"
+        f" {first.outcome}: {first.error}"
+    )
 
 
 @asynccontextmanager
@@ -148,39 +162,44 @@ class StepRollouts:
     """The rollouts of training steps, on disk as they end.
 
     What a killed process made for steps from `first` on is taken as made: a run that goes on learns from the
-    very rollouts that it would have learnt from.
+    very rollouts that it would have learnt from. Of a step that was not complete, or had lost too many to be
+    learnt from, those that were lost to infrastructure are tried again.
     """
 
     def __init__(self, path: Path, name: str, first: int) -> None:
         self._file = RolloutFile(path)
         self._name = name
-        self._made: dict[int, list[Rollout]] = {}
+        self._made: dict[int, dict[_Key, Rollout]] = {}
         for rollout in self._file.read():
             step = int(rollout.id.partition(".")[0].removeprefix(f"{name}-"))
             if step >= first:
-                self._made.setdefault(step, []).append(rollout)
+                _put(self._made.setdefault(step, {}), rollout)
 
     def label(self, step: int) -> str:
         """How the ids of the step's rollouts begin."""
         return f"{self._name}-{step}"
 
-    def of(self, step: int) -> list[Rollout]:
-        """Those of a step so far."""
-        return self._made.get(step, [])
+    async def make(self, rollouts: Rollouts, work: Sequence[Work], step: int) -> list[Rollout]:
+        """Make the attempts of a step that are not made; returns all.
 
-    async def make(
-        self, rollouts: Rollouts, attempts: Iterable[Attempt], parts: Parts, step: int
-    ) -> list[Rollout]:
-        """Make the attempts of a step that are not made; returns all so far."""
-        made = self._made.setdefault(step, [])
-        done = {(item.domain, item.task_id, item.attempt) for item in made}
-        missing = (
-            item for item in attempts if (item.task.domain, item.task.id, item.number) not in done
-        )
-        async for rollout in rollouts.run(missing, parts, step):
+        Raises:
+            StageError: more than a tenth of a domain's were lost to infrastructure, or all.
+        """
+        made = self._made.setdefault(step, {})
+        if len(made) < len(work) or _too_few(made.values()):
+            for key in [key for key, item in made.items() if item.outcome is not Outcome.SCORED]:
+                del made[key]
+        missing = [
+            (one, parts)
+            for one, parts in work
+            if (one.task.domain, one.task.id, one.number) not in made
+        ]
+        async for rollout in rollouts.mixed(missing, step):
             self._file.append(rollout)
-            made.append(rollout)
-        return made
+            _put(made, rollout)
+        if error := _too_few(made.values()):
+            raise error
+        return list(made.values())
 
     def forget(self, step: int) -> None:
         """Let go of a step's rollouts; the file keeps them."""
@@ -191,18 +210,54 @@ class StepRollouts:
         self._file.close()
 
 
+_Key = tuple[str, str, int]
+"""Domain, task and number of an attempt."""
+
+
+def _put(made: dict[_Key, Rollout], rollout: Rollout) -> None:
+    """As the last one, in place of an earlier one of the same attempt."""
+    key = (rollout.domain, rollout.task_id, rollout.attempt)
+    made.pop(key, None)
+    made[key] = rollout
+
+
+def _too_few(made: Iterable[Rollout]) -> StageError | None:
+    """Why a step's rollouts are not learnt from, None if they are."""
+    num, lost = Counter[str](), list[Rollout]()
+    for rollout in made:
+        num[rollout.domain] += 1
+        if rollout.outcome is not Outcome.SCORED:
+            lost.append(rollout)
+    if lost and len(lost) == num.total():
+        return _lost(lost, len(lost))
+    for domain, num_own in num.items():
+        own = [rollout for rollout in lost if rollout.domain == domain]
+        if _is_too_many(len(own), num_own):
+            return _lost(own, num_own)
+    return None
+
+
+def mixed(parts: Sequence[Sequence[Work]]) -> list[Work]:
+    """All of them, each part spread evenly from the first to the last."""
+    places = [((at + 0.5) / len(part), one) for part in parts for at, one in enumerate(part)]
+    return [one for _, one in sorted(places, key=lambda place: place[0])]
+
+
 def facts_of(rollouts: Sequence[Rollout], seconds: float = 0.0) -> dict[str, float]:
     """Mean reward and turns, the share lost to infrastructure, and speed, given how long they took.
 
-    `entropy` is that of the sampled distribution, estimated from the log-probabilities of what was sampled.
+    All but that share is of what was scored; of nothing nothing is said. `entropy` is that of the sampled
+    distribution, estimated from the log-probabilities of what was sampled.
     """
-    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    turns = [turn for rollout in rollouts for turn in rollout.trajectory.turns]
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    found = {"infra_failed_rate": 1 - len(scored) / len(rollouts) if rollouts else 0.0}
+    if not scored:
+        return found
+    turns = [turn for rollout in scored for turn in rollout.trajectory.turns]
     sampled = [value for turn in turns if turn.origin == "sampled" for value in turn.logprobs]
-    found = {
-        "reward": statistics.fmean(rewards) if rewards else 0.0,
-        "turns": len(turns) / max(1, len(rollouts)),
-        "infra_failed_rate": 1 - len(rewards) / max(1, len(rollouts)),
+    found |= {
+        "reward": statistics.fmean(rollout.reward or 0.0 for rollout in scored),
+        "turns": len(turns) / len(scored),
         "entropy": -statistics.fmean(sampled) if sampled else 0.0,
     }
     return found | ({"sampled_per_s": len(sampled) / seconds} if seconds else {})

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
 
 _LEAST = 8
-"""Scored rollouts of each teacher from which on a rate of less than a whole domain is believed."""
+"""Scored rollouts of a teacher from which on a rate is believed."""
 _Rates = dict[tuple[str, ...], dict[str, list[float]]]
 
 
@@ -16,9 +17,9 @@ def best_teachers(
 ) -> dict[tuple[str, str], str]:
     """The teacher of each (domain, task id); `measured` has what each teacher was evaluated on.
 
-    Rates are of the task itself, of its group, or of its domain: the narrowest for which every teacher that
-    was measured in the domain has eight scored rollouts (one, for the domain). Of equals, the domain's own
-    expert is chosen; it also teaches what nobody was measured on.
+    Compared are the teachers with eight scored rollouts or more in the domain, by their rates of the task
+    itself, of its group, or of the domain: the narrowest for which each of them has eight. Of equals, the
+    domain's own expert is chosen; it also teaches where it has fewer itself, and nothing says who is better.
     """
     rates = _rates(measured)
     return {
@@ -44,11 +45,14 @@ def _keys(domain: str, group: str, task_id: str) -> list[tuple[str, ...]]:
 
 
 def _best(domain: str, task: Task, rates: _Rates) -> str:
-    wide = rates.get((domain,), {})
-    for key in _keys(domain, task.group, task.id):
-        known = rates.get(key, {})
-        is_enough = all(len(known.get(teacher, ())) >= _LEAST for teacher in wide)
-        if known and (is_enough or len(key) == 1):
-            passed = {teacher: sum(each) / len(each) for teacher, each in known.items()}
-            return max(sorted(passed), key=lambda teacher: (passed[teacher], teacher == domain))
-    return domain
+    whole = rates.get((domain,), {})
+    compared = sorted(teacher for teacher, each in whole.items() if len(each) >= _LEAST)
+    if domain not in compared:
+        return domain
+    key = next(
+        key
+        for key in _keys(domain, task.group, task.id)
+        if all(len(rates[key][teacher]) >= _LEAST for teacher in compared)
+    )
+    passed = {teacher: fmean(rates[key][teacher]) for teacher in compared}
+    return max(compared, key=lambda teacher: (passed[teacher], teacher == domain))

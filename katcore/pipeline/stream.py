@@ -55,14 +55,14 @@ class Stream:
         """
         before_s, self._asked_s = self._given_s, time.perf_counter()
         await self._renew(step)
-        made = ranks.share(await self._made(step) if self._engines else [])
+        made = await self.aside(ranks.share, await self._made(step) if self._engines else [])
         self._given_s = time.perf_counter()
         since_s = before_s if self._ahead and before_s else self._asked_s
-        facts = facts_of(made, self._given_s - since_s)
+        facts: dict[str, float] = await self.aside(facts_of, made, self._given_s - since_s)
         return made, facts | staleness_of(made, step)
 
     async def _renew(self, step: int) -> None:
-        weights = await self._compute(self._weights)  # which all processes may have to gather
+        weights = await self.aside(self._weights)  # which all processes may have to gather
         if self._engines:
             await self._engines.hand_over(str(step), weights)
 
@@ -77,9 +77,13 @@ class Stream:
         """What `call` returns: the trainer computes, in its own thread if rollouts are made meanwhile."""
         if self._engines:
             await self._engines.make_room()
-        return await self._compute(call, *given)
+        return await self.aside(call, *given)
 
-    async def _compute(self, call: Callable[..., Any], *given: Any) -> Any:
+    async def aside(self, call: Callable[..., Any], *given: Any) -> Any:
+        """What `call` returns, beside the rollouts that are being made meanwhile.
+
+        Whatever takes long between steps goes here: agents that wait for an answer are out of time otherwise.
+        """
         if self._trainer is None:
             return call(*given)
         loop = asyncio.get_running_loop()
@@ -106,8 +110,12 @@ class Stream:
 
 
 def staleness_of(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
-    """How many versions older than a step's weights those are that its tokens were sampled from."""
-    turns = [turn for rollout in rollouts for turn in rollout.trajectory.turns]
+    """How many versions older than a step's weights those are that its tokens were sampled from.
+
+    Of rollouts that were lost nothing is learnt, so they count nothing.
+    """
+    scored = [rollout for rollout in rollouts if rollout.reward is not None]
+    turns = [turn for rollout in scored for turn in rollout.trajectory.turns]
     ages = [
         step - int(turn.policy_version)
         for turn in turns

@@ -1,7 +1,8 @@
 """`kat sft|rl|distill FILE`: the training of the stages on models, samples and tasks of one's own.
 
     <out>/model/            what was trained
-    <out>/config.json       what it was made with; another config needs another `out`
+    <out>/config.json       what it was made with; another config needs another `out`, but for what changes
+                            memory, time and checkpoints, not results
     <out>/manifest.json     hashes of all files, and the models that it came from
     <out>/curve.jsonl       the metrics of each step; MLflow has them too, in experiment train/<name of out>
     <out>.work/             as it grows; the same command goes on from there, and then `out` appears whole
@@ -46,6 +47,17 @@ from katcore.train.policy import limit_threads
 from katcore.trajectory.origin import tokenised
 
 _CONFIG = "config.json"
+_FREE = frozenset(
+    {
+        "micro_batch_tokens",
+        "threads",
+        "concurrency",
+        "scale.recompute",
+        "scale.gpu",
+        *(f"{verb}.checkpoint_every" for verb in CONFIGS),
+    }
+)
+"""What may be another when a training goes on."""
 
 
 def run(path: Path, config: TrainingConfig, plugins: Plugins, show: Show | None = None) -> Finished:
@@ -138,13 +150,24 @@ def _note(out: Path, content: Mapping[str, Any]) -> None:
     if out.exists() and not (out / MANIFEST).exists():
         raise ConfigError(f"{out} is there already, and no output of kat; choose another `out`")
     for noted in (out / _CONFIG, growing):
-        if noted.exists() and json.loads(noted.read_bytes()) != content:
+        if noted.exists() and _lasting(json.loads(noted.read_bytes())) != _lasting(content):
             raise ConfigError(
                 f"{noted.parent} was made with another config; choose another `out`, or remove it"
             )
     if not out.exists():
         growing.parent.mkdir(parents=True, exist_ok=True)
         growing.write_text(json.dumps(content, indent=1))
+
+
+def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config makes a training another one."""
+    found = {name: value for name, value in content.items() if name not in _FREE}
+    if content.get("balance"):  # its statistics are over micro-batches
+        found["micro_batch_tokens"] = content["micro_batch_tokens"]
+    for name, own in found.items():
+        if isinstance(own, Mapping):
+            found[name] = {key: value for key, value in own.items() if f"{name}.{key}" not in _FREE}
+    return found
 
 
 def _expert(name: str, own: TasksConfig, formatter: Choice, plugins: Plugins) -> Expert:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
+from katcore.protocols import SandboxBackend
 from katcore.retry import rule_for
 from katcore.rollout.places import Places
 from katcore.rollout.prepare import Preparations
@@ -15,6 +16,9 @@ from katcore.schema.rollout import Rollout
 
 _LOG = logging.getLogger(__name__)
 _DRAW = random.Random()
+
+Work = tuple[Attempt, Parts]
+"""A rollout to be made, and what makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Limits:
     rank: int = 0
 
 
-async def collect(
+def collect(
     attempts: Iterable[Attempt], parts: Parts, limits: Limits = Limits()
 ) -> AsyncIterator[Rollout]:
     """Run every attempt; yield one rollout for each, in the order in which they end.
@@ -35,12 +39,19 @@ async def collect(
     what still fails is yielded with its outcome, unscored. Leaving the iteration early cancels what is
     running.
     """
-    waiting = iter(attempts)
-    preparations = Preparations(parts.backend)
+    return collect_mixed(((attempt, parts) for attempt in attempts), parts.backend, limits)
+
+
+async def collect_mixed(
+    work: Iterable[Work], backend: SandboxBackend, limits: Limits = Limits()
+) -> AsyncIterator[Rollout]:
+    """As `collect`, of attempts with parts of their own, all of one backend."""
+    waiting = iter(work)
+    preparations = Preparations(backend)
     running: set[asyncio.Task[Rollout]] = set()
     try:
         while True:
-            for attempt in waiting:
+            for attempt, parts in waiting:
                 trying = _placed(limits, attempt, parts, preparations)
                 running.add(asyncio.create_task(trying))
                 if len(running) >= limits.concurrency:

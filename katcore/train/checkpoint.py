@@ -3,8 +3,9 @@
     <path>/step-<number>/trainer.pt         step, weights, `scale`, and what the caller wants to find again
     <path>/step-<number>/rank-<number>.pt   state of the optimizer and of random numbers
 
-A folder gets its name when everything in it is on disk; then older ones go. Several processes write to one
-file system.
+A folder gets its name when everything in it is on disk; then older ones go. So the last one is whole at every
+instant, and only it is read. Of a step that is written again, the later folders are `step-<number>-1` and on.
+Several processes write to one file system.
 """
 
 import os
@@ -22,7 +23,6 @@ _PREFIX = "step-"
 
 def write(path: Path, step: int, whole: dict[str, Any], own: dict[str, Any]) -> None:
     """Write a checkpoint; `whole` is the first process's, `own` that of each. All have to call it."""
-    folder = path / f"{_PREFIX}{step}"
     growing = path / f"growing-{step}"
     if ranks.rank() == 0:
         shutil.rmtree(growing, ignore_errors=True)
@@ -32,13 +32,14 @@ def write(path: Path, step: int, whole: dict[str, Any], own: dict[str, Any]) -> 
     _save(growing / f"rank-{ranks.rank()}.pt", own)
     ranks.wait()
     if ranks.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
         _sync(growing)
+        folder = path / _name(path, step)
         growing.rename(folder)
         _sync(path)
         for other in path.iterdir():
             if other != folder:
-                shutil.rmtree(other)
+                # What a file system does not let go of now, goes with the next one.
+                shutil.rmtree(other, ignore_errors=True)
     ranks.wait()
 
 
@@ -48,17 +49,29 @@ def read(path: Path, **scale: int) -> tuple[dict[str, Any], dict[str, Any]] | No
     Raises:
         StageError: its optimizer was spread otherwise than `scale` says.
     """
-    folders = sorted(path.glob(f"{_PREFIX}*"), key=lambda found: int(found.name[len(_PREFIX) :]))
-    if not folders:
+    last = max(path.glob(f"{_PREFIX}*"), key=_place, default=None)
+    if last is None:
         return None
-    whole = torch.load(folders[-1] / "trainer.pt", weights_only=True, map_location="cpu")
+    whole = torch.load(last / "trainer.pt", weights_only=True, map_location="cpu")
     if whole["scale"] != scale:
         raise StageError(
-            f"{folders[-1]} was made with {whole['scale']}, and this is {scale}: set `scale` as it was, or"
+            f"{last} was made with {whole['scale']}, and this is {scale}: set `scale` as it was, or"
             f" remove {path} to begin again"
         )
-    own = torch.load(folders[-1] / f"rank-{ranks.rank()}.pt", weights_only=True, map_location="cpu")
+    own = torch.load(last / f"rank-{ranks.rank()}.pt", weights_only=True, map_location="cpu")
     return whole, own
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """The step of a checkpoint, and which of that step's it is."""
+    step, _, again = folder.name.removeprefix(_PREFIX).partition("-")
+    return int(step), int(again or 0)
+
+
+def _name(path: Path, step: int) -> str:
+    """What the next checkpoint of a step is called, so that it is the last one."""
+    there = [again for at, again in map(_place, path.glob(f"{_PREFIX}*")) if at == step]
+    return f"{_PREFIX}{step}-{max(there) + 1}" if there else f"{_PREFIX}{step}"
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

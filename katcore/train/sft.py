@@ -33,7 +33,7 @@ def fit(
         step = trainer.step_number
         rows = [samples[index] for index in draw(len(samples), settings.batch, seed, step)]
         report(step, trainer.update(rows, Sft()))
-        if (step + 1) % 50 == 0:
+        if (step + 1) % settings.checkpoint_every == 0:
             trainer.save(checkpoint)
 
 

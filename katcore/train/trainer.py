@@ -1,5 +1,6 @@
 """The one training engine: an optimiser step over samples under an objective; checkpoints that resume."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ from katcore.train.stepper import Replicated, Stepper
 from katcore.train.support import Trees, takes_trees
 
 _ALONE = ScaleSettings()
+_LOG = logging.getLogger(__name__)
+_MOST_SKIPPED = 5
+"""So many updates in a row may be skipped; the next one is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Trainer:
             model, weighting, None if takes_trees(model, trees) else unrolled, balance
         )
         self.step_number = 0
+        self._num_skipped = 0
         self._schedule = schedule
         self._max_tokens = max_tokens
         self._weighting = weighting
@@ -101,7 +106,11 @@ class Trainer:
     ) -> Metrics:
         """One optimiser step on the objective's mean; `tokens_per_s` counts all tokens of the samples.
 
-        Samples that `by` tells apart never share a micro-batch.
+        Samples that `by` tells apart never share a micro-batch. If the gradient is not finite, weights and
+        optimizer stay as they are: the step is `skipped`, and there is no `loss` and no `grad_norm`.
+
+        Raises:
+            StageError: too many in a row were skipped.
         """
         started_s = time.perf_counter()
         weight = objective.weight(samples, self._weighting)
@@ -118,11 +127,28 @@ class Trainer:
         self._finish()
         loss = ranks.totals({"loss": loss})["loss"]
         norm = self._stepper.step()
-        if not math.isfinite(norm):
-            raise StageError(f"step {self.step_number}: the gradient is not finite (loss {loss})")
+        is_skipped = self._is_skipped(norm, loss)
         self.step_number += 1
         speed = sum(len(sample.tokens) for sample in samples) / (time.perf_counter() - started_s)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens_per_s": speed}
+        found = {"skipped": float(is_skipped), "lr": lr, "tokens_per_s": speed}
+        return found if is_skipped else found | {"loss": loss, "grad_norm": norm}
+
+    def _is_skipped(self, norm: float, loss: float) -> bool:
+        """Whether the update changed nothing, which all processes see alike: the norm is that of all."""
+        if math.isfinite(norm):
+            self._num_skipped = 0
+            return False
+        self._num_skipped += 1
+        found = f"the gradient is not finite (norm {norm}, loss {loss})"
+        if self._num_skipped > _MOST_SKIPPED:
+            raise StageError(
+                f"update {self.step_number}: {found}, as in the {_MOST_SKIPPED} before it; the weights are as"
+                " they were before these. Begin anew with a lower lr; if the first update fails, look for"
+                " weights that are not finite in the model"
+            )
+        if ranks.rank() == 0:
+            _LOG.warning("update %d is skipped: %s", self.step_number, found)
+        return True
 
     def replay(self, routes: Routes | None) -> None:
         """From now on, samples' tokens are sent to these experts (`replay`); None lets routers choose again.

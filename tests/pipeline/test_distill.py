@@ -10,7 +10,8 @@ import torch
 from katcore.config import DistillSettings, ModelSettings, Preset
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
-from katcore.pipeline.distill import Domain, _Loop, check_teacher
+from katcore.pipeline import lineage
+from katcore.pipeline.distill import Domain, _Loop, _warn_of_strangers, check_teacher
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.plan import StageSpec
 from katcore.pipeline.rollouts import RolloutFile
@@ -133,17 +134,29 @@ def test_a_teacher_without_a_rollout_is_an_error(tmp_path: Path) -> None:
 def test_a_teacher_has_to_read_as_the_student_does(tmp_path: Path) -> None:
     made = job(tmp_path, [1.0])
     start, teacher = made.input("unified.sft") / "model", domain(made)
-    check_teacher(made, start, ChatTokenizer(start), teacher)
-    progress: Any = made.progress
-    (said,) = progress.warnings
-    assert "not known to come from one model" in said
-    (teacher.model.parent / "manifest.json").write_text(
-        json.dumps({"ancestors": sorted(ancestors(start))})
-    )
-    check_teacher(made, start, ChatTokenizer(start), teacher)
-    assert len(progress.warnings) == 1
+    check_teacher(start, ChatTokenizer(start), teacher)
     settings = json.loads((teacher.model / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     (teacher.model / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(StageError, match=r"differs from the student .* in its chat template"):
-        check_teacher(made, start, ChatTokenizer(start), teacher)
+        check_teacher(start, ChatTokenizer(start), teacher)
+
+
+def test_a_foreign_teacher_is_said_and_no_model_is_read_twice(tmp_path: Path) -> None:
+    made = job(tmp_path, [1.0])
+    start, teacher = made.input("unified.sft") / "model", domain(made)
+    before = lineage._digest.cache_info().misses
+    _warn_of_strangers(made, start, [teacher] * 3)
+    progress: Any = made.progress
+    assert len(progress.warnings) == 3
+    assert "not known to come from one model" in progress.warnings[0]
+    assert lineage._digest.cache_info().misses == before + 2
+    (teacher.model.parent / "manifest.json").write_text(
+        json.dumps({"ancestors": sorted(ancestors(start))})
+    )
+    _warn_of_strangers(made, start, [teacher])
+    assert len(progress.warnings) == 3
+    with (start / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    _warn_of_strangers(made, start, [teacher])
+    assert len(progress.warnings) == 4, "the hash of weights that changed is another"

@@ -39,17 +39,31 @@ def best(**measured: list[Rollout]) -> list[str]:
 
 def test_without_measurements_the_domain_s_own_expert_teaches() -> None:
     assert best() == ["swe", "swe"]
-    assert best(swe=[], shell=rollouts("11", domain="shell")) == ["swe", "swe"]
+    assert best(swe=[], shell=rollouts("11" * 8, domain="shell")) == ["swe", "swe"]
 
 
 def test_the_best_on_the_domain_teaches_and_equals_change_nothing() -> None:
-    assert best(swe=rollouts("01"), shell=rollouts("11")) == ["shell", "shell"]
-    assert best(swe=rollouts("10"), shell=rollouts("01"), web=rollouts("0")) == ["swe", "swe"]
-    assert best(swe=rollouts("0"), web=rollouts("1"), shell=rollouts("1")) == ["shell", "shell"]
+    no, half, yes = rollouts("0" * 8), rollouts("01" * 4), rollouts("1" * 8)
+    assert best(swe=half, shell=yes) == ["shell", "shell"]
+    assert best(swe=half, shell=half, web=no) == ["swe", "swe"]
+    assert best(swe=no, web=yes, shell=yes) == ["shell", "shell"]
 
 
 def test_what_was_lost_counts_nothing() -> None:
-    assert best(swe=rollouts("1xxx"), shell=rollouts("10")) == ["swe", "swe"]
+    assert best(swe=rollouts("1" * 8 + "xxx"), shell=rollouts("1" * 8 + "0")) == ["swe", "swe"]
+    assert best(swe=rollouts("0" * 8), shell=rollouts("1" * 7 + "x")) == ["swe", "swe"]
+
+
+def test_few_rollouts_beat_nobody_and_are_beaten_by_nobody() -> None:
+    many = rollouts("0" * 199 + "1")
+    assert best(swe=many, shell=rollouts("1")) == ["swe", "swe"]
+    assert best(swe=many, shell=rollouts("1" * 7)) == ["swe", "swe"]
+    assert best(swe=many, shell=rollouts("1" * 8)) == ["shell", "shell"]
+    assert best(swe=rollouts("0" * 7), shell=rollouts("1" * 200)) == ["swe", "swe"]
+    # Nor do they keep those who have enough from being compared on a group.
+    own = rollouts("0" * 8) + rollouts("1" * 8, group="h")
+    other = rollouts("1" * 8) + rollouts("0" * 8, group="h")
+    assert best(swe=own, shell=other, web=rollouts("1")) == ["shell", "swe"]
 
 
 def test_a_group_decides_where_all_have_enough_of_it() -> None:

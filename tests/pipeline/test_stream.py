@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -147,3 +148,22 @@ def test_places_go_to_the_lowest_rank_and_none_is_lost(
             await asyncio.wait_for(places.take(0).__aenter__(), 1)
 
     asyncio.run(check())
+
+
+async def test_the_loop_goes_on_beside_what_takes_long() -> None:
+    """A proxy that did not answer meanwhile would have agents run out of time: reward 0 for a save."""
+    policy, ticks = Policy(), []
+
+    async def tick() -> None:
+        while True:
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    async def none(step: int) -> list[Rollout]:
+        return []
+
+    async with Stream(none, 1, policy.engines, 1, dict) as stream:
+        ticking = asyncio.create_task(tick())
+        await stream.aside(time.sleep, 0.5)
+        ticking.cancel()
+    assert len(ticks) > 10

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from katcore.cli.training import EXAMPLES
 from katcore.errors import ConfigError, KatError
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import RolloutFile
-from katcore.pipeline.trained import run
+from katcore.pipeline.trained import _lasting, run
 from katcore.pipeline.training import CONFIGS, load_training, model_folder
 from katcore.plugin import Plugins
 from katcore.schema.call import Message
 from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
+from katcore.train import checkpoint
 from tests.inference.tiny import CONTEXT, write_tiny_model
 
 SHORT = {"context": CONTEXT, "threads": 1}
@@ -197,6 +200,40 @@ def test_after_a_kill_the_losses_are_those_that_would_have_been(
     assert len(rollouts) == 12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["rl", "distill"])
+def test_what_takes_long_between_steps_keeps_no_agent_waiting(
+    folder: Path, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next step's rollouts are being made; asyncio in debug mode says how long their loop stood still."""
+    monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")
+    write, slept = checkpoint.write, []
+
+    def write_slowly(*given: Any) -> None:
+        if "write" not in slept:
+            time.sleep(4)
+        slept.append("write")
+        write(*given)
+
+    def show(step: int, steps: int, metrics: Any) -> None:
+        if step == 0:
+            time.sleep(4)
+            slept.append("show")
+
+    monkeypatch.setattr(checkpoint, "write", write_slowly)
+    config = RL | {"rl": RL_STEPS | {"steps": 2, "checkpoint_every": 1}}
+    if verb == "distill":
+        shell = AGENT | {"teacher": "base"}
+        settings = {"steps": 2, "prompts": 2, "checkpoint_every": 1}
+        config = DISTILL | {"domains": {"shell": shell}, "distill": settings}
+    path = written(folder, verb, config | AHEAD)
+    with caplog.at_level("WARNING", "asyncio"):
+        run(path, load_training(path, CONFIGS[verb]), Plugins.installed(), show)
+    assert set(slept) == {"show", "write"}
+    said = re.findall(r"Executing .* took ([\d.]+) seconds", caplog.text)
+    assert max(map(float, said), default=0.0) < 3.5
+
+
 @pytest.mark.parametrize(
     ("verb", "changes", "said"),
     [
@@ -256,6 +293,50 @@ def test_another_config_needs_another_out(folder: Path) -> None:
     path = written(folder, "sft", SFT | {"sft": {"steps": 2}})
     with pytest.raises(ConfigError, match="made with another config; choose another `out`"):
         run(path, load_training(path, CONFIGS["sft"]), Plugins.installed())
+
+
+def test_what_changes_no_result_may_change_on_the_way() -> None:
+    content = {
+        "model": "base",
+        "threads": 2,
+        "concurrency": 8,
+        "micro_batch_tokens": 4096,
+        "scale": {"processes": 2, "recompute": False, "gpu": ""},
+        "rl": {"lr": 1e-4, "checkpoint_every": 10},
+    }
+    wanted = {"model": "base", "scale": {"processes": 2}, "rl": {"lr": 1e-4}}
+    assert _lasting(content) == wanted
+    # The load-balancing loss is over micro-batches.
+    balanced = {"balance": 0.001, "micro_batch_tokens": 4096}
+    assert _lasting(content | balanced) == wanted | balanced
+
+
+def test_after_too_little_memory_a_training_goes_on_with_less(folder: Path) -> None:
+    """Steps are those of a training that had it from the beginning, up to rounding."""
+
+    def config(out: str, **changes: Any) -> Path:
+        settings = {"steps": 4, "batch": 4, "checkpoint_every": changes.pop("every", 50)}
+        return written(folder, out, SFT | {"out": f"m/{out}", "sft": settings} | changes)
+
+    def trained(path: Path, stop_at: int | None = None) -> list[float]:
+        losses = []
+
+        def show(step: int, steps: int, metrics: Any) -> None:
+            losses.append(metrics["loss"])
+            if step == stop_at:
+                raise MemoryError
+
+        run(path, load_training(path, CONFIGS["sft"]), Plugins.installed(), show)
+        return losses
+
+    whole = trained(config("whole"))
+    with pytest.raises(MemoryError):
+        trained(config("cut", every=1), stop_at=2)
+    less = {"micro_batch_tokens": 16, "scale": {"recompute": True, "gpu": "8GiB"}, "every": 3}
+    assert trained(config("cut", **less)) == pytest.approx(whole[2:], rel=1e-4)
+    assert trained(config("cut")) == [], "it is done"
+    with pytest.raises(ConfigError, match="made with another config"):
+        trained(config("cut", seed=1))
 
 
 def test_a_registered_model_is_found_by_version_and_alias(folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from katcore.pipeline.learner import Learner
 from katcore.schema.sample import Sample
 from katcore.settings import LoraSettings, ScaleSettings
 from katcore.train import ranks
+from katcore.train.batch import TreeBatch
 from katcore.train.distill import Distillation, Teachers
 from katcore.train.lora import add_adapters
-from katcore.train.objective import Metrics, Sft
+from katcore.train.objective import Loss, Metrics, Sft
 from katcore.train.scattered import scatter
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.trees import line, sample, small_model
@@ -53,6 +55,18 @@ def samples() -> list[Sample]:
     ]
 
 
+class Breaks(Sft):
+    """Not finite whenever `is_broken`."""
+
+    def __init__(self, is_broken: Callable[[], bool]) -> None:
+        self._is_broken = is_broken
+
+    def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
+        loss = super().on(batch, samples)
+        factor = math.inf if self._is_broken() else 1.0
+        return loss._replace(total=lambda terms: loss.total(terms) * factor)
+
+
 def stepper(trainer: Trainer, objective: str, scale: ScaleSettings) -> Callable[[], Metrics]:
     """What takes a step of an objective."""
     if objective == "rl":
@@ -73,8 +87,8 @@ def stepper(trainer: Trainer, objective: str, scale: ScaleSettings) -> Callable[
 def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int) -> None:
     """Train; leave metrics, checkpoints and the model.
 
-    `settings` are of `scale`, besides the `objective`, `adapters` (a rank), and how many steps the last
-    process takes before it is `killed`.
+    `settings` are of `scale`, besides the `objective`, `adapters` (a rank), how many steps the last process
+    takes before it is `killed`, and the step whose gradient is `broken` in it.
     """
     torch.set_num_threads(1)
     os.environ |= {
@@ -86,7 +100,7 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
     }
     settings = dict(settings)
     adapters, killed = settings.pop("adapters", 0), settings.pop("killed", 0)
-    objective = settings.pop("objective", "sft")
+    objective, broken = settings.pop("objective", "sft"), settings.pop("broken", None)
     scale = ScaleSettings(**settings)
     is_by_deepspeed = scale.zero in (1, 2)
     dtype = torch.float32 if is_by_deepspeed else torch.float64
@@ -98,6 +112,9 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
     passes = [0]
     model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     step = stepper(trainer, objective, scale)
+    if broken is not None:
+        breaking = Breaks(lambda: trainer.step_number == broken and rank == world - 1)
+        step = lambda: trainer.update(samples(), breaking)  # noqa: E731
     trainer.load(out / "checkpoint")
     curve = []
     while trainer.step_number < until:

@@ -1,6 +1,7 @@
 """Two processes take the steps that one takes, whatever each has to compute; and they go on the same."""
 
 import json
+import math
 import multiprocessing
 import signal
 from pathlib import Path
@@ -142,6 +143,20 @@ def test_two_processes_go_on_as_if_they_had_not_been_stopped(
     rest = steps(tmp_path / "cut", 2, **settings)
     assert rest["curve"] == whole["curve"][2:]
     assert rest["logprobs"] == whole["logprobs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, *ZERO.values(), {"zero": 3, "offload": "optimizer"}], ids=str
+)
+def test_all_skip_what_is_not_finite_in_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """And go on from there as if that update had not been."""
+    found = steps(tmp_path, 2, **settings, broken=1)
+    assert [row["skipped"] for row in found["curve"]] == [0.0, 1.0, 0.0]
+    assert "loss" not in found["curve"][1]
+    before, _, after = found["curve"]
+    assert after["loss"] < before["loss"]
+    assert math.isfinite(after["grad_norm"])
 
 
 def test_another_scale_does_not_go_on(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
-"""Resuming is going on; the schedule; a step does not depend on its micro-batches."""
+"""Resuming is going on; the schedule; a step does not depend on its micro-batches; what is not finite."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from katcore.config import SftSettings
+from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.train.batch import micro_batches
-from katcore.train.objective import Sft
+from katcore.train.objective import Loss, Sft
 from katcore.train.sft import draw, fit, without_failed
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.trees import VOCABULARY, line, small_model
@@ -93,3 +97,41 @@ def test_packing_long_samples_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert [sum(len(row.tokens) for row in group) for group in groups] == [17, 10, 19, 15, 8]
     packed.update(samples(), Sft())
     torch.testing.assert_close(weights(packed), weights(padded), rtol=1e-9, atol=1e-9)
+
+
+class Broken(Sft):
+    """A loss that is not finite, nor is its gradient."""
+
+    def on(self, batch: Any, samples: Sequence[Sample]) -> Loss:
+        loss = super().on(batch, samples)
+        return loss._replace(total=lambda terms: loss.total(terms) * math.inf)
+
+
+def test_what_is_not_finite_changes_neither_weights_nor_optimizer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, skipping = (Trainer(small_model(), Schedule(1e-2, 60, final_lr=1.0)) for _ in "ab")
+    for made in (whole, skipping):
+        made.update(samples(), Sft())
+    before = weights(skipping)
+    found = skipping.update(samples(), Broken())
+    assert found.keys() == {"skipped", "lr", "tokens_per_s"}
+    assert found["skipped"] == 1.0
+    assert torch.equal(weights(skipping), before)
+    assert "update 1 is skipped: the gradient is not finite" in caplog.text
+    mine, other = (made.update(samples(), Sft()) for made in (skipping, whole))
+    assert (mine["skipped"], mine["loss"]) == (0.0, other["loss"])
+    assert torch.equal(weights(skipping), weights(whole))
+    assert (skipping.step_number, whole.step_number) == (3, 2)
+
+
+def test_too_many_in_a_row_are_an_error() -> None:
+    made = trainer()
+    for _ in range(2):
+        for _ in range(5):
+            made.update(samples(), Broken())
+        made.update(samples(), Sft())
+    for _ in range(5):
+        made.update(samples(), Broken())
+    with pytest.raises(StageError, match=r"update 17: the gradient is not finite .* as in the 5 "):
+        made.update(samples(), Broken())
