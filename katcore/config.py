@@ -141,6 +141,15 @@ def check_staleness(rl: RlSettings, serve: ServeSettings) -> None:
         )
 
 
+def check_finished(serve: ServeSettings, lora: LoraSettings | None) -> None:
+    """Raise ConfigError if servers that run elsewhere cannot get the models that are evaluated."""
+    if serve.urls and lora:
+        raise ConfigError(
+            "evaluate has the servers at serve.urls read whole models, and with lora they take adapters only:"
+            " leave urls out, so that kat starts its own, or train all weights"
+        )
+
+
 class DistillSettings(Settings):
     """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 

@@ -1,6 +1,7 @@
 """`kat train`: all stages of a preset, or one training's file; with `--dry-run`, whether it would fit."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def shown(report: Report, *, as_json: bool) -> None:
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """The dry run as JSON; memory in bytes for each GPU, `host` for each machine."""
+    """The dry run as JSON; memory in bytes for each GPU, `host` for each machine, `disk` for all."""
     shape, card = report.asked.shape, report.card
     return {
         "fits": report.fits,
@@ -39,6 +40,7 @@ def as_record(report: Report) -> dict[str, Any]:
                 "update": one.update,
                 "rollouts": one.rollouts,
                 "host": one.host,
+                "disk": one.disk,
                 "tokens_per_pass": one.held_tokens,
                 "tokens_per_step": one.tokens,
                 "update_seconds_bound": one.seconds or None,
@@ -84,26 +86,39 @@ def _print(report: Report) -> None:
         "" if shape.num_active == shape.num_parameters else f", {shape.num_active:,} for a token"
     )
     say(f"model: {shape.num_parameters:,} parameters{active}")
-    for one in report.stages:
-        for place, lines in one.commands.items():
-            for line in lines:
-                out.print(
-                    f"{one.stage}, {place}: {line}", markup=False, highlight=False, soft_wrap=True
-                )
+    for line in _commands(report.stages):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     for phase, title in _PHASES.items():
         if any(getattr(one, phase) for one in report.stages):
             out.print(_table(report, phase, title))
     for one in report.stages:
-        if one.update:
-            out.print(_step(one), markup=False, highlight=False, soft_wrap=True)
+        if said := _step(one):
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
     if card is None:
         say("no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}")
+
+
+def _commands(stages: Sequence[StageReport]) -> Iterator[str]:
+    """Each line once, after the stages and the machines that it is for."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for one in stages:
+        for place, lines in one.commands.items():
+            for line in lines:
+                names, places = found.setdefault(line, ({}, {}))
+                names[one.stage] = None
+                places[place] = None
+    for line, (names, places) in found.items():
+        first, *others = places
+        if others:
+            first = f"nodes 0 to {len(others)}"
+        yield f"{', '.join([*names, first])}: {line}"
 
 
 def _table(report: Report, phase: str, title: str) -> Table:
     """Memory of one GPU in GiB: a row for each part, a column for each stage."""
     stages = [one for one in report.stages if getattr(one, phase)]
-    table = Table(title=f"GiB on each GPU, {title}")
+    is_on_gpu = report.card or report.asked.preset.scale.device == "cuda"
+    table = Table(title=f"GiB {'on each GPU' if is_on_gpu else 'of each process'}, {title}")
     table.add_column("")
     for one in stages:
         table.add_column(one.stage, justify="right")
@@ -120,14 +135,18 @@ def _table(report: Report, phase: str, title: str) -> Table:
 
 
 def _step(one: StageReport) -> str:
-    found = [f"{one.stage}: at most {one.tokens:,} tokens a step, {one.held_tokens:,} a pass"]
+    found = []
+    if one.tokens:
+        found.append(f"at most {one.tokens:,} tokens a step, {one.held_tokens:,} a pass")
     if one.seconds:
         found.append(f"updates no faster than {one.seconds:.3g} s")
     if one.host:
         found.append(f"{one.host / _GIB:.0f} GiB of main memory on each machine")
+    if one.disk >= _GIB:
+        found.append(f"leaves {one.disk / _GIB:.0f} GiB on disk")
     if one.conversations:
         found.append(f"cache for {one.conversations} conversations of full length at once")
-    return "; ".join(found)
+    return f"{one.stage}: {'; '.join(found)}" if found else ""
 
 
 def training_verb(path: Path) -> str:

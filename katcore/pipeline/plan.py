@@ -42,7 +42,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
         "pipeline.prefill",
     ),
     "distill": ("train", *_ROLLOUT, "pipeline.engines", "pipeline.stream", "pipeline.route"),
-    "evaluate": _ROLLOUT,
+    "evaluate": (*_ROLLOUT, "pipeline.engines"),
     "gate": ("pipeline.statistic",),
     "register": ("registry",),
 }
@@ -130,7 +130,7 @@ def _expert_stages(
 
     made_by = (("synthesizer", expert.synthesizer), ("sandbox", preset.sandbox))
     asked = [_rollout_config(item, preset, seed) for item in others]
-    evaluation = rollout | _dump(preset, "evaluate")
+    evaluation = rollout | _dump(preset, "evaluate", "serve")
     if others:
         evaluation["others"] = [config for config, _ in asked]
     return [
@@ -193,7 +193,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
         stage(
             "evaluate",
             [f"{prefix}.distill", *of("synthesize")],
-            rollout | _dump(preset, "evaluate"),
+            rollout | _dump(preset, "evaluate", "serve"),
             offers,
         ),
         stage("gate", [f"{prefix}.evaluate", *of("evaluate")], _dump(preset, "evaluate")),
