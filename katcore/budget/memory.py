@@ -1,6 +1,7 @@
 """Memory of one GPU, part by part: while weights are updated, and while rollouts are made."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from katcore.budget.activation import Precision, activation_bytes, logit_bytes
@@ -144,17 +145,17 @@ def utilization(serve: ServeSettings) -> float:
     """The share of a card that a vLLM server takes when it starts, as its arguments say.
 
     Raises:
-        ConfigError: they say no number.
+        ConfigError: they say no number above 0 and up to 1.
     """
     given = [str(one) for one in serve.options.get("arguments", ())]
     for at, one in enumerate(given):
         name, _, value = one.partition("=")
         if name.replace("_", "-") == UTILIZATION:
             said = value or "".join(given[at + 1 : at + 2])
-            try:
-                return float(said)
-            except ValueError as error:
-                raise ConfigError(
-                    f"serve.options.arguments: {UTILIZATION} {said!r} is no number; say for example 0.9"
-                ) from error
+            with suppress(ValueError):
+                if 0 < (share := float(said)) <= 1:
+                    return share
+            raise ConfigError(
+                f"serve.options.arguments: {UTILIZATION} {said!r} is no share of a card; say for example 0.9"
+            )
     return _DEFAULT_UTILIZATION

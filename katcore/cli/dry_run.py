@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from katcore.cli.common import out, say
+from katcore.pipeline.commands import num_gpus
 from katcore.pipeline.dry_run import Report, StageReport
 
 _GIB = 1 << 30
@@ -49,6 +50,7 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for one in report.stages
         ],
+        "gpus": num_gpus(report.asked.preset),
         "changes": report.changes,
     }
 
@@ -81,7 +83,7 @@ def _yaml(value: Any) -> str:
 
 
 def _print(report: Report) -> None:
-    shape, card = report.asked.shape, report.card
+    shape = report.asked.shape
     active = (
         "" if shape.num_active == shape.num_parameters else f", {shape.num_active:,} for a token"
     )
@@ -94,8 +96,8 @@ def _print(report: Report) -> None:
     for one in report.stages:
         if said := _step(one):
             out.print(said, markup=False, highlight=False, soft_wrap=True)
-    if card is None:
-        say("no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}")
+    for line in _notes(report):
+        say(line)
 
 
 def _commands(stages: Sequence[StageReport]) -> Iterator[str]:
@@ -112,6 +114,23 @@ def _commands(stages: Sequence[StageReport]) -> Iterator[str]:
         if others:
             first = f"nodes 0 to {len(others)}"
         yield f"{', '.join([*names, first])}: {line}"
+
+
+def _notes(report: Report) -> Iterator[str]:
+    """What the numbers are for."""
+    preset, card = report.asked.preset, report.card
+    if num := num_gpus(preset):
+        yield f"a machine has to have {num} GPUs"
+    if card is None:
+        yield "no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}"
+        return
+    if preset.scale.device == "cpu":
+        yield (
+            "scale.device is cpu: trainings, and engines in their process, would use no GPU; for one, set"
+            " device: cuda"
+        )
+    if report.fits:
+        yield f"fits {card.name}"
 
 
 def _table(report: Report, phase: str, title: str) -> Table:
@@ -157,8 +176,10 @@ def training_verb(path: Path) -> str:
 
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {content!r}")
     if "out" not in content:

@@ -72,6 +72,15 @@ def server_lines(preset: Preset, stage: str) -> Iterator[str]:
         yield " ".join([*given, shlex.join(command)])
 
 
+def num_gpus(preset: Preset) -> int:
+    """How many GPUs a machine has to have, which runs the trainer and the servers that it starts."""
+    serve, num = preset.serve, preset.scale.gpus
+    if serve.engine != "vllm" or serve.urls:
+        return num
+    servers = (serve.devices_of(number, num) for number in range(serve.replicas))
+    return max(num, 1 + max(device for devices in servers for device in devices))
+
+
 def _start(preset: Preset, number: int, *, is_trained: bool) -> Start:
     """One replica's server, as `katcore.pipeline.engines` has it started; at urls, one for all stages."""
     serve, lora = preset.serve, preset.lora

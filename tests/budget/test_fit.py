@@ -109,10 +109,11 @@ def test_engines_in_the_process_have_caches_and_copies_of_their_own() -> None:
     assert scattered["engine: weights"] == 4 * SHAPE.num_parameters
 
 
-def test_a_share_that_is_no_number_is_an_error() -> None:
-    for arguments in (["--gpu-memory-utilization"], ["--gpu-memory-utilization=much"]):
+def test_a_share_that_is_none_is_an_error() -> None:
+    for said in ([], ["much"], ["1.5"], ["0"]):
+        arguments = ["--gpu-memory-utilization", *said]
         asked = need({}, {"engine": "vllm", "options": {"arguments": arguments}})
-        with pytest.raises(ConfigError, match="is no number; say for example"):
+        with pytest.raises(ConfigError, match="is no share of a card; say for example"):
             list(excesses(asked, 80 * GIB))
 
 

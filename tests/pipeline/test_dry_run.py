@@ -10,6 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kat_engines.config import VllmConfig, _own_server
+from katcore import config
 from katcore.budget.card import CARDS, GIB, find_card
 from katcore.budget.shape import known_models
 from katcore.cli import app
@@ -19,6 +20,7 @@ from katcore.pipeline.commands import launched, server_lines
 from katcore.pipeline.dry_run import asked_of_preset, dry_run
 from katcore.settings import ScaleSettings
 
+PRESETS = Path(config.__file__).parent / "presets"
 SMALL = """
 summary: small
 model: {kind: hub, repo: Qwen/Qwen2.5-Coder-0.5B-Instruct,
@@ -234,3 +236,59 @@ def test_servers_for_adapters_elsewhere_cannot_be_evaluated_with(small: Path) ->
     done = kat(str(small))
     assert done.exit_code == 2
     assert "evaluate has the servers at serve.urls read whole models" in done.output
+
+
+def changed(path: Path, old: str, new: str, name: str = "gpu8") -> Path:
+    """A preset with one thing changed, in a file."""
+    text = (PRESETS / f"{name}.yaml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "num"),
+    [
+        ("summary", "summary", 8),
+        ("replicas: 2", "replicas: 4", 16),
+        ("replicas: 2", "replicas: 2\n  placement: disaggregated", 16),
+        ("replicas: 2", "replicas: 2\n  devices: [0, 1, 2, 3, 8, 9, 10, 11]", 12),
+    ],
+)
+def test_it_says_how_many_gpus_a_machine_has_to_have(
+    tmp_path: Path, old: str, new: str, num: int
+) -> None:
+    path = changed(tmp_path / "p.yaml", old, new)
+    assert record(str(path))["gpus"] == num
+    assert f"a machine has to have {num} GPUs" in kat(str(path)).output
+    assert "fits H100" in kat(str(path)).output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "tensor_parallel: 4",
+            "tensor_parallel: 3",
+            "3 GPUs cannot share the model's 32 attention heads",
+        ),
+        ('"0.3"', '"1.5"', "'1.5' is no share of a card"),
+    ],
+)
+def test_servers_that_would_not_start_are_refused(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    done = kat(str(changed(tmp_path / "p.yaml", old, new)))
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_more_than_a_machine_s_gpus_are_those_of_more_machines(tmp_path: Path) -> None:
+    path = changed(tmp_path / "p.yaml", "nodes: 4", "nodes: 1", "cluster")
+    assert {"scale": {"nodes": 2}} not in record(str(path))["changes"]
+    assert {"scale": {"nodes": 4}} in record(str(path))["changes"]
+
+
+def test_a_card_that_nothing_would_use_is_pointed_out() -> None:
+    assert "would use no GPU" in kat("--preset", "laptop", "--gpu", "24GiB").output
+    assert "would use no GPU" not in kat("--preset", "gpu8").output
