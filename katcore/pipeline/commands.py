@@ -16,8 +16,6 @@ _GIVEN = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "CUDA_VISI
 """Of a server's environment, what changes what it does."""
 _SERVED = Path("/MODEL")
 """Stands for the model that is sampled: where it lies is known when the stage before is done."""
-
-
 TRAINS = ("sft", "rl", "distill")
 """Stages that `scale` is about."""
 SAMPLES = ("rl", "distill", "evaluate")

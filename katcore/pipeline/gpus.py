@@ -1,4 +1,4 @@
-"""A machine's GPUs are had by one stage of a run at a time: each takes all that the preset names."""
+"""A run's GPUs and servers are had by one of its stages at a time: each takes all that the preset names."""
 
 import fcntl
 from collections.abc import Callable, Iterator
@@ -9,9 +9,8 @@ from katcore.pipeline.commands import SAMPLES, TRAINS
 
 
 def has_gpus(preset: Preset, stage: str) -> bool:
-    """Whether a stage computes on GPUs of this machine."""
-    is_server = preset.serve.engine == "vllm" and not preset.serve.urls
-    if stage in SAMPLES and is_server:
+    """Whether a stage computes on GPUs, its own or those of servers, which have one model at a time."""
+    if stage in SAMPLES and preset.serve.engine == "vllm":
         return True
     return preset.scale.device == "cuda" and stage in {*TRAINS, *SAMPLES}
 
@@ -20,9 +19,12 @@ def has_gpus(preset: Preset, stage: str) -> bool:
 def alone(preset: Preset, stage: str, say: Callable[[str], None]) -> Iterator[None]:
     """While a stage has the GPUs, if it needs any; waits for the one that has them.
 
-    Of several processes that train together, the one that started them has the GPUs for all.
+    Of several processes that train together, the one that started them has the GPUs for all; the first of
+    them, if torchrun did.
     """
-    if rank_of_process() or not has_gpus(preset, stage):
+    found = rank_of_process()
+    is_had = found is not None and (found.rank > 0 or found.meet_at)
+    if is_had or not has_gpus(preset, stage):
         yield
         return
     home().mkdir(parents=True, exist_ok=True)

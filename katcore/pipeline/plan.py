@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from katcore.config import Preset
+from katcore.config import Preset, learning_rate
 from katcore.errors import ConfigError
 from katcore.inference import source
 from katcore.plugin import Plugins
@@ -232,6 +232,8 @@ def _base_config(preset: Preset) -> dict[str, Any]:
 
 def _dump(preset: Preset, *names: str) -> dict[str, Any]:
     content = preset.model_dump(mode="json")
+    for name in ("sft", "student", "rl", "distill"):
+        content[name]["lr"] = learning_rate(getattr(preset, name), preset.lora)
     # All else of `scale` changes no more than rounding.
     content["precision"] = preset.scale.precision
     return {name: content[name] for name in names}

@@ -30,9 +30,10 @@ def test_which_stages_need_gpus() -> None:
     )
     assert [one for one in stages if has_gpus(GPU8, one)] == ["sft", "rl", "distill", "evaluate"]
     assert not any(has_gpus(load_preset("nano"), one) for one in stages)
-    # Its servers are elsewhere, and so an evaluation computes nothing here.
-    alike = GPU8.model_copy(update={"scale": load_preset("nano").scale})
-    assert [one for one in stages if has_gpus(alike, one)] == ["rl", "distill", "evaluate"]
+    on_cpu = GPU8.model_copy(update={"scale": load_preset("nano").scale})
+    assert [one for one in stages if has_gpus(on_cpu, one)] == ["rl", "distill", "evaluate"]
+    elsewhere = on_cpu.model_copy(update={"serve": load_preset("cluster").serve})
+    assert [one for one in stages if has_gpus(elsewhere, one)] == ["rl", "distill", "evaluate"]
 
 
 def test_the_second_waits_for_the_first() -> None:
@@ -60,8 +61,16 @@ def test_the_second_waits_for_the_first() -> None:
 def test_processes_that_train_together_do_not_wait_for_who_started_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def environment(rank: str, meet_at: str) -> None:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "8"), ("KATCORE_MEET_AT", meet_at)):
+            monkeypatch.setenv(name, value)
+
     with alone(GPU8, "sft", pytest.fail):
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("WORLD_SIZE", "8")
+        environment("0", "store")
+        with alone(GPU8, "sft", pytest.fail):
+            pass
+    environment("0", "")
+    with alone(GPU8, "sft", pytest.fail):  # torchrun's: the first has them for all
+        environment("5", "")
         with alone(GPU8, "sft", pytest.fail):
             pass
