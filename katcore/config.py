@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from katcore.errors import ConfigError
 from katcore.serving import ServeSettings
@@ -15,6 +17,7 @@ from katcore.settings import BaseTrainingSettings as BaseTrainingSettings
 from katcore.settings import EvaluateSettings as EvaluateSettings
 from katcore.settings import LoraSettings as LoraSettings
 from katcore.settings import ModelSettings as ModelSettings
+from katcore.settings import OptimizerSettings as OptimizerSettings
 from katcore.settings import ScaleSettings as ScaleSettings
 from katcore.settings import ScheduleSettings as ScheduleSettings
 from katcore.settings import Settings as Settings
@@ -33,12 +36,13 @@ class SftSettings(Settings):
 
     With `mask_failed`, an answer whose tool call failed is context: what comes after it is learnt, it is not.
     A training that is killed goes on from its last checkpoint: one is written every `checkpoint_every` steps.
+    `lr` is 1e-5 where it is not given, and with adapters 1e-4; a model trained from scratch takes far more.
     """
 
     steps: int = 160
     batch: int = 64
     mask_failed: bool = True
-    lr: float = 2e-3
+    lr: float | None = Field(default=None, ge=0)
     warmup: int = 20
     final_lr: float = 0.1
     checkpoint_every: int = Field(default=50, ge=1)
@@ -59,44 +63,48 @@ class MclaSettings(Settings):
 class RlSettings(Settings):
     """Group-relative policy optimisation on verifier rewards.
 
-    `lr` should not be above the one that fine-tuning ended with: a higher one undoes what it learnt.
+    `lr` is 1e-6 where it is not given, and with adapters 1e-5. It should not be above the one that
+    fine-tuning ended with: a higher one undoes what it learnt.
     `tasks`: all, or those without a demonstration (`unseen`), whose answers SFT has not learnt by heart.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
     `baseline` is what a turn is compared with: all turns of its group, scaled (`group`, as GRPO), or the same
     turn in the group's other rollouts (`turn`), which also tells quick successes from slow ones.
     `failed_penalty` is taken off the advantage of an answer whose tool call failed.
     `level` is what is clipped as one: a token (GRPO), a turn by the product of its ratios (KAT-Coder-V2) or
-    by their geometric mean, or a whole sequence (GSPO). `mean`: each rollout counts the same, or each unit.
+    by their geometric mean, or a whole sequence (GSPO). A ratio may be 1 - `clip_low` to 1 + `clip_high`: 0.2
+    and 0.28 where these are not given, but 3e-4 and 4e-4 for geometric means (turn-geometric, sequence),
+    which move far less. `mean`: each rollout counts the same, or each unit.
     `kl` holds the policy to the model it started as; `entropy` is a bonus; `imitation` weighs the likelihood
     of its own answers in rollouts that passed. `old` says whose log-probabilities the ratio starts from: the
     sampler's, or the trainer's own. Of tokens on which the two differ by a factor that is not in
     `correction_range`, `correction: icepop` leaves out all, `truncate` none; with `old: trainer` what stays
-    weighs by the factor, at most the upper bound (a ratio that starts from the sampler has it already). With
+    weighs by the factor, at most the upper bound (a ratio that starts from the sampler has it already). The
+    range is 0.5 to 5 where it is not given, and for `truncate`, which has an upper bound only, up to 2. With
     `mcla` (`{}` for its defaults) one of the two is a mean over several passes.
     """
 
     steps: int = 24
     tasks: Literal["all", "unseen"] = "all"
     prompts: int = 32
-    group: int = 4
-    lr: float = 1.5e-4
+    group: int = 8
+    lr: float | None = Field(default=None, ge=0)
     warmup: int = 4
     final_lr: float = 0.3
-    discount: float = 0.8
+    discount: float = 1.0
     baseline: Literal["group", "turn"] = "group"
     failed_penalty: float = Field(default=0.0, ge=0)
-    epochs: int = 3
+    epochs: int = 1
     minibatches: int = 2
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    level: Literal["token", "turn", "turn-geometric", "sequence"] = "token"
+    level: Literal["token", "turn", "turn-geometric", "sequence"] = "turn"
+    clip_low: float = Field(default_factory=lambda given: _clip(given)[0])
+    clip_high: float = Field(default_factory=lambda given: _clip(given)[1])
     mean: Literal["rollout", "unit"] = "rollout"
     kl: float = Field(default=0.0, ge=0)
     entropy: float = Field(default=0.0, ge=0)
     imitation: float = Field(default=0.0, ge=0)
     old: Literal["sampler", "trainer"] = "sampler"
     correction: Literal["none", "icepop", "truncate"] = "none"
-    correction_range: tuple[float, float] = (0.5, 5.0)
+    correction_range: tuple[float, float] = Field(default_factory=lambda given: _range(given))
     mcla: MclaSettings | None = None
     temperature: float = 1.0
     checkpoint_every: int = Field(default=10, ge=1)
@@ -117,6 +125,15 @@ class RlSettings(Settings):
         return self
 
 
+def _clip(given: dict[str, Any]) -> tuple[float, float]:
+    is_mean = given.get("level") in {"turn-geometric", "sequence"}
+    return (3e-4, 4e-4) if is_mean else (0.2, 0.28)
+
+
+def _range(given: dict[str, Any]) -> tuple[float, float]:
+    return (0.5, 2.0 if given.get("correction") == "truncate" else 5.0)
+
+
 def check_staleness(rl: RlSettings, serve: ServeSettings) -> None:
     """Raise ValueError if what the settings ask for needs weights that the engines have no more."""
     if serve.staleness and rl.mcla and rl.mcla.place == "engine":
@@ -126,17 +143,28 @@ def check_staleness(rl: RlSettings, serve: ServeSettings) -> None:
         )
 
 
+def check_finished(serve: ServeSettings, lora: LoraSettings | None) -> None:
+    """Raise ConfigError if servers that run elsewhere cannot get the models that are evaluated."""
+    if serve.urls and lora:
+        raise ConfigError(
+            "evaluate has the servers at serve.urls read whole models, and with lora they take adapters only:"
+            " leave urls out, so that kat starts its own, or train all weights"
+        )
+
+
 class DistillSettings(Settings):
     """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 
     Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain,
     which cost no sandbox. Each of the `steps` has `prompts` tasks of each domain, `group` rollouts of each,
     and `epochs` updates on them. `cold_batch` and `prompts` may differ between experts: they are the shares
-    of the mixture. With `mean: domain` each domain weighs the same, however many tokens it has.
+    of the mixture. With `mean: domain` each domain weighs the same, however many tokens it has. `lr` is 5e-5
+    where it is not given, and with adapters 1e-4.
     `objective`: the KL from student to teacher over the whole vocabulary (`reverse-kl`), over the `top_k`
     tokens of one of them (`support`) and a bucket for all others, or of the sampled token alone
     (`policy-gradient`): its advantage is `strength` times log teacher - log student, cut at
-    `difference_clip`, plus, with `rewards`, that of reinforcement; its ratio is clipped as there.
+    `difference_clip`, plus, with `rewards`, that of reinforcement; its ratio is clipped as there, by the
+    token. Where these are not given, a policy gradient has `rewards`, and with them a `group` is 8.
     `teacher`: the domain's own expert, or of all the one that did best on like tasks when evaluated.
     With `overlap_k`, a token counts (share of the k likeliest tokens that both have)^`overlap_power`; what
     follows `truncate_after` tokens in a row with less than `truncate_below` in common counts nothing.
@@ -146,20 +174,20 @@ class DistillSettings(Settings):
     cold_batch: int = 32
     steps: int = 30
     prompts: int = 16
-    group: int = Field(default=1, ge=1)
+    objective: Literal["reverse-kl", "top-k", "policy-gradient"] = "policy-gradient"
+    rewards: bool = Field(default_factory=lambda given: given.get("objective") == "policy-gradient")
+    group: int = Field(default_factory=lambda given: 8 if given.get("rewards") else 1, ge=1)
     epochs: int = 1
-    lr: float = 1e-3
+    lr: float | None = Field(default=None, ge=0)
     warmup: int = 5
     final_lr: float = 0.2
     temperature: float = 1.0
     teacher: Literal["domain", "best"] = "domain"
     mean: Literal["token", "domain"] = "token"
-    objective: Literal["reverse-kl", "top-k", "policy-gradient"] = "reverse-kl"
     top_k: int = Field(default=32, ge=1)
     support: Literal["teacher", "student"] = "teacher"
     strength: float = Field(default=1.0, gt=0)
     difference_clip: float = Field(default=5.0, gt=0)
-    rewards: bool = False
     clip_low: float = 0.2
     clip_high: float = 0.28
     overlap_k: int = Field(default=0, ge=0)
@@ -173,11 +201,37 @@ class DistillSettings(Settings):
         if self.rewards and (self.objective != "policy-gradient" or self.group < 2):
             raise ValueError(
                 "rewards are compared in the group of a task, and added to an advantage: set"
-                " objective: policy-gradient, and group: 2 or more"
+                " objective: policy-gradient, and group: 2 or more; or rewards: false"
             )
         if self.truncate_after and not self.overlap_k:
             raise ValueError("truncate_after counts tokens of little overlap: set overlap_k, too")
         return self
+
+
+_RATES: Mapping[type[Settings], tuple[float, float]] = {
+    SftSettings: (1e-5, 1e-4),
+    RlSettings: (1e-6, 1e-5),
+    DistillSettings: (5e-5, 1e-4),
+}
+"""Learning rates of all weights, and of adapters."""
+
+
+def learning_rate(
+    settings: SftSettings | RlSettings | DistillSettings, lora: LoraSettings | None
+) -> float:
+    """The one that is given, or what a training of that kind takes."""
+    if settings.lr is not None:
+        return settings.lr
+    return _RATES[type(settings)][lora is not None]
+
+
+def check_balance(balance: float, lora: LoraSettings | None) -> None:
+    """Raise ValueError if the routers that a load-balancing loss is about are not trained."""
+    if balance and lora and not {"gate", "router"} & set(lora.targets):
+        raise ValueError(
+            "balance is for routers that learn, and with lora they stay as they are: set balance: 0, or train"
+            " all weights"
+        )
 
 
 _SHARES = ("cold_batch", "prompts")
@@ -193,8 +247,9 @@ class Preset(Settings):
     larger tree is computed in parts, of which those on one path are held at once.
     `tree`: a model whose layers cannot be given token trees is trained on their branches, or is an error.
     `balance` weighs the load-balancing loss of a mixture of experts; its statistics are over a micro-batch.
-    Without `lora` (`{}` for its defaults) all weights are trained. Neither `lora` nor `scale` is about the
-    `base` stage.
+    It is for routers that are trained, so not with `lora`.
+    Without `lora` (`{}` for its defaults) all weights are trained. None of `lora`, `scale` and `optimizer` is
+    about the `base` stage.
     """
 
     name: str
@@ -217,6 +272,7 @@ class Preset(Settings):
     tree: Literal["auto", "required"] = "auto"
     balance: float = Field(default=0.0, ge=0)
     scale: ScaleSettings = ScaleSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings | None = None
     expert_threads: int = 1
     shared_threads: int = 2
@@ -235,14 +291,16 @@ class Preset(Settings):
                 )
             check_staleness(self.for_expert(name).rl, self.serve)
         check_staleness(self.rl, self.serve)
+        check_balance(self.balance, self.lora)
         return self
 
     def for_expert(self, name: str) -> "Preset":
-        """The preset with what differs for one expert put in."""
-        changed: dict[str, Any] = {
-            section: type(own := getattr(self, section)).model_validate(own.model_dump() | changes)
-            for section, changes in self.experts.get(name, {}).items()
-        }
+        """The preset with what differs for one expert put in; what follows from that follows anew."""
+        changed: dict[str, Any] = {}
+        for section, changes in self.experts.get(name, {}).items():
+            own = getattr(self, section)
+            given = own.model_dump(exclude_unset=True) | changes
+            changed[section] = type(own).model_validate(given)
         return self.model_copy(update=changed)
 
 
@@ -291,10 +349,13 @@ def load_yaml(path: Path, kind: type[SettingsT], **given: Any) -> SettingsT:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise ConfigError(f"{path}: {lines}") from error
+        raise ConfigError(f"{path}: {'; '.join(map(_said, error.errors()))}") from error
+
+
+def _said(error: ErrorDetails) -> str:
+    """Where in the file, if not in the whole of it, and what."""
+    message = error["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (".".join(map(str, error["loc"])), message)))
 
 
 def home() -> Path:

@@ -8,12 +8,12 @@ from katcore.settings import Settings
 
 
 class ServeSettings(Settings):
-    """The engines that make the rollouts of training (`rl`, `distill`), and how they get new weights.
+    """The engines that make the rollouts of `rl`, `distill` and `evaluate`, and how they get new weights.
 
     `embedded` samples in the trainer's process; `vllm` starts `replicas` servers of `tensor_parallel` GPUs
-    each, or uses those at `urls`. `devices` are the GPUs of all replicas in turn, as CUDA numbers them;
-    without it, the first ones that are not the trainer's. `options` are further options of the engine
-    `vllm`, such as `python`.
+    each, or uses as many at `urls`, which are as large. `devices` are the GPUs of all replicas in turn, as
+    CUDA numbers them; without it, the first ones that are not the trainer's. `options` are further options of
+    the engine `vllm`, such as `python`. An evaluation has servers for each of its models, and none shares.
     `placement: colocated` shares weights (embedded) or GPUs (vllm) with the trainer: the engine sleeps while
     the trainer steps. `disaggregated` has its own, and need not wait: with `staleness` the rollouts of a step
     may begin that many steps before it, and their tokens are of weights at most so much older.
@@ -39,7 +39,7 @@ class ServeSettings(Settings):
                 "tensor_parallel", "devices", "urls", "options", where="with engine: embedded"
             )
         if self.urls:
-            self._check_unset("tensor_parallel", "devices", where="with urls")
+            self._check_unset("devices", where="with urls")
             if len(self.urls) != self.replicas or self.placement == "colocated":
                 raise ValueError(
                     f"{len(self.urls)} urls are as many replicas, on GPUs of their own: set"

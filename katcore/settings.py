@@ -1,6 +1,6 @@
 """Sections of presets and of training files: records that say what an unknown key or a wrong value is."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -131,6 +131,17 @@ class ScaleSettings(Settings):
         if self.offload == "all" and self.zero != 3:
             raise ValueError("offload: all moves weights, which only zero: 3 shards: set zero: 3")
         return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW (arXiv 1711.05101), and the norm above which the whole gradient is scaled down to it."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_norm: float = Field(default=1.0, gt=0)
 
 
 class LoraSettings(Settings):

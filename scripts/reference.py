@@ -12,6 +12,7 @@ from typing import Any, get_args
 import typer
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from katcore import config, protocols
 from katcore.cli import app
@@ -213,15 +214,19 @@ def _keys(model: type[BaseModel]) -> str:
         shown = kind.__name__ if isinstance(kind, type) and kind.__module__ != "builtins" else None
         text = shown or (kind.__name__ if kind in (int, float, str, bool) else str(kind))
         text = re.sub(r"\b(?:[a-z_]+\.)+", "", text).replace("|", "or")
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, Choice):
-            default = default.name
-        is_nested = isinstance(default, BaseModel)
-        value = (
-            "see below" if is_nested else "required" if field.is_required() else f"`{default!r}`"
-        )
-        lines.append(f"| `{name}` | {text} | {value} |\n")
+        lines.append(f"| `{name}` | {text} | {_default(field)} |\n")
     return "".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory_takes_validated_data:
+        return "see above"
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, Choice):
+        default = default.name
+    return "see below" if isinstance(default, BaseModel) else f"`{default!r}`"
 
 
 def main() -> int:

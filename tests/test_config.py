@@ -1,10 +1,20 @@
 """Presets: what differs for one expert."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from katcore.config import MclaSettings, load_preset
+from katcore.config import (
+    DistillSettings,
+    LoraSettings,
+    MclaSettings,
+    RlSettings,
+    SftSettings,
+    learning_rate,
+    load_preset,
+)
 from katcore.errors import ConfigError
 
 
@@ -77,3 +87,68 @@ def test_what_would_mean_nothing_is_refused(tmp_path: Path, text: str, message: 
 )
 def test_averaging_composes_with_corrections(tmp_path: Path, text: str) -> None:
     load_preset(str(preset(tmp_path, f"{{swe: {{rl: {text}}}}}")))
+
+
+@pytest.mark.parametrize(
+    ("level", "clip"),
+    [
+        ("token", (0.2, 0.28)),
+        ("turn", (0.2, 0.28)),
+        ("turn-geometric", (3e-4, 4e-4)),
+        ("sequence", (3e-4, 4e-4)),
+    ],
+)
+def test_means_of_ratios_are_clipped_closer_than_ratios(
+    tmp_path: Path, level: str, clip: Any
+) -> None:
+    found = RlSettings.model_validate({"level": level})
+    assert (found.clip_low, found.clip_high) == clip
+    said = RlSettings.model_validate({"level": level, "clip_low": 0.5})
+    assert (said.clip_low, said.clip_high) == (0.5, clip[1])
+    own = (
+        load_preset(str(preset(tmp_path, f"{{swe: {{rl: {{level: {level}}}}}}}")))
+        .for_expert("swe")
+        .rl
+    )
+    assert (own.clip_low, own.clip_high) == clip, "what follows from an expert's level follows anew"
+
+
+def test_each_correction_has_its_range() -> None:
+    assert RlSettings(correction="icepop").correction_range == (0.5, 5.0)
+    assert RlSettings(correction="truncate", old="trainer").correction_range == (0.5, 2.0)
+    assert RlSettings(correction="icepop", correction_range=(0.9, 1.1)).correction_range == (
+        0.9,
+        1.1,
+    )
+
+
+def test_a_distillation_has_rewards_and_groups_where_its_objective_has_advantages() -> None:
+    def parts(**given: Any) -> tuple[str, bool, int]:
+        found = DistillSettings(**given)
+        return found.objective, found.rewards, found.group
+
+    assert parts() == ("policy-gradient", True, 8)
+    assert parts(objective="reverse-kl") == ("reverse-kl", False, 1)
+    assert parts(rewards=False) == ("policy-gradient", False, 1)
+    assert parts(group=4) == ("policy-gradient", True, 4)
+    with pytest.raises(ValidationError, match="or rewards: false"):
+        parts(group=1)
+
+
+def test_adapters_take_larger_learning_rates() -> None:
+    kinds = (SftSettings, RlSettings, DistillSettings)
+    assert [learning_rate(kind(), None) for kind in kinds] == [1e-5, 1e-6, 5e-5]
+    assert [learning_rate(kind(), LoraSettings()) for kind in kinds] == [1e-4, 1e-5, 1e-4]
+    assert [learning_rate(kind(lr=0.5), LoraSettings()) for kind in kinds] == [0.5] * 3
+
+
+def test_routers_that_are_not_trained_cannot_be_balanced(tmp_path: Path) -> None:
+    path = preset(tmp_path, "{}")
+    text = path.read_text()
+    path.write_text(f"{text}balance: 0.001\nlora: {{targets: [q_proj, gate]}}\n")
+    load_preset(str(path))
+    path.write_text(f"{text}balance: 0.001\nlora: {{}}\n")
+    with pytest.raises(
+        ConfigError, match=r"p\.yaml: balance is for routers that learn, .* set balance: 0"
+    ):
+        load_preset(str(path))

@@ -1,6 +1,7 @@
 """Memory of one GPU, part by part: while weights are updated, and while rollouts are made."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from katcore.budget.activation import Precision, activation_bytes, logit_bytes
@@ -29,7 +30,8 @@ class Need:
     """What one stage asks of its GPUs.
 
     `held_tokens` are those of one pass, of which `context` may be one conversation's. `frozen` models lie
-    beside the trained one. Without `serve` no rollouts are made.
+    beside the trained one. Without `serve` no rollouts are made. Where nothing `is_trained`, the engines have
+    the model of a folder, one for itself.
     """
 
     shape: Shape
@@ -40,16 +42,21 @@ class Need:
     frozen: int = 0
     serve: ServeSettings | None = None
     conversations: int = 0
+    is_trained: bool = True
 
     @property
     def is_shared(self) -> bool:
         """Whether a vLLM server has the trainer's GPUs."""
         serve = self.serve
-        return serve is not None and serve.engine == "vllm" and serve.placement == "colocated"
+        if serve is None or not self.is_trained:
+            return False
+        return serve.engine == "vllm" and serve.placement == "colocated"
 
 
 def update_parts(need: Need) -> Parts:
-    """While weights are updated."""
+    """While weights are updated; empty if none are."""
+    if not need.is_trained:
+        return {}
     found = states(need.shape, need.scale, need.lora)
     element = element_bytes(need.scale)
     activations = activation_bytes(
@@ -89,6 +96,8 @@ def rollout_parts(need: Need) -> Parts:
         "gradients": found.gradients,
         "optimizer": found.optimizer,
     }
+    if not need.is_trained:
+        trainer = {}
     if serve.engine != "vllm":
         logits = {"logits": logit_bytes(need.shape, need.conversations)}
         return trainer | _in_process(need) | logits
@@ -105,10 +114,11 @@ def _in_process(need: Need) -> dict[str, int]:
     serve = need.serve
     if serve is None or serve.engine != "embedded":
         return {}
-    is_shared = serve.placement == "colocated" and need.scale.zero < 3
+    is_shared = need.is_trained and serve.placement == "colocated" and need.scale.zero < 3
     own = 0 if is_shared else 4 * need.shape.num_parameters
     cache = need.conversations * need.context * need.shape.kv_bytes(4)
-    return {"engine: weights": own * serve.replicas, "engine: cache": cache * serve.replicas}
+    num = serve.replicas if need.is_trained else 1
+    return {"engine: weights": own * num, "engine: cache": cache * num}
 
 
 def cache_bytes(shape: Shape, serve: ServeSettings) -> int:
@@ -135,17 +145,17 @@ def utilization(serve: ServeSettings) -> float:
     """The share of a card that a vLLM server takes when it starts, as its arguments say.
 
     Raises:
-        ConfigError: they say no number.
+        ConfigError: they say no number above 0 and up to 1.
     """
     given = [str(one) for one in serve.options.get("arguments", ())]
     for at, one in enumerate(given):
         name, _, value = one.partition("=")
         if name.replace("_", "-") == UTILIZATION:
             said = value or "".join(given[at + 1 : at + 2])
-            try:
-                return float(said)
-            except ValueError as error:
-                raise ConfigError(
-                    f"serve.options.arguments: {UTILIZATION} {said!r} is no number; say for example 0.9"
-                ) from error
+            with suppress(ValueError):
+                if 0 < (share := float(said)) <= 1:
+                    return share
+            raise ConfigError(
+                f"serve.options.arguments: {UTILIZATION} {said!r} is no share of a card; say for example 0.9"
+            )
     return _DEFAULT_UTILIZATION

@@ -45,7 +45,7 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
     def command(
         preset: PresetName = "nano", expert: Expert = "", experts: Experts = "", seed: Seed = 0
     ) -> None:
-        from katcore.pipeline import launch
+        from katcore.pipeline import gpus, launch
         from katcore.pipeline.local import stage_command
         from katcore.pipeline.plan import UNIFIED
         from katcore.pipeline.stage import run_stage
@@ -57,9 +57,10 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
                 # Only the gate waits for it; the run waits for the distillation beside it.
                 os.nice(10)
             if stage in training.EXAMPLES and launch.is_needed(settings.scale):
-                launch.launch(stage_command(plan, name, preset)[3:], settings.scale)
+                with gpus.alone(settings, stage, say):
+                    launch.launch(stage_command(plan, name, preset)[3:], settings.scale)
                 return
-            with own_output():
+            with own_output(), gpus.alone(settings, stage, say):
                 done = run_stage(plan, name, plugins)
             say(f"{name}: {'unchanged, skipped' if done.is_skipped else 'done'}")
             typer.echo(done.path.as_uri())

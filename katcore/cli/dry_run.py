@@ -1,6 +1,7 @@
 """`kat train`: all stages of a preset, or one training's file; with `--dry-run`, whether it would fit."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import typer
 from rich.table import Table
 
 from katcore.cli.common import out, say
+from katcore.pipeline.commands import num_gpus
 from katcore.pipeline.dry_run import Report, StageReport
 
 _GIB = 1 << 30
@@ -26,7 +28,7 @@ def shown(report: Report, *, as_json: bool) -> None:
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """The dry run as JSON; memory in bytes for each GPU, `host` for each machine."""
+    """The dry run as JSON; memory in bytes for each GPU, `host` for each machine, `disk` for all."""
     shape, card = report.asked.shape, report.card
     return {
         "fits": report.fits,
@@ -39,6 +41,7 @@ def as_record(report: Report) -> dict[str, Any]:
                 "update": one.update,
                 "rollouts": one.rollouts,
                 "host": one.host,
+                "disk": one.disk,
                 "tokens_per_pass": one.held_tokens,
                 "tokens_per_step": one.tokens,
                 "update_seconds_bound": one.seconds or None,
@@ -47,6 +50,7 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for one in report.stages
         ],
+        "gpus": num_gpus(report.asked.preset),
         "changes": report.changes,
     }
 
@@ -79,31 +83,61 @@ def _yaml(value: Any) -> str:
 
 
 def _print(report: Report) -> None:
-    shape, card = report.asked.shape, report.card
+    shape = report.asked.shape
     active = (
         "" if shape.num_active == shape.num_parameters else f", {shape.num_active:,} for a token"
     )
     say(f"model: {shape.num_parameters:,} parameters{active}")
-    for one in report.stages:
-        for place, lines in one.commands.items():
-            for line in lines:
-                out.print(
-                    f"{one.stage}, {place}: {line}", markup=False, highlight=False, soft_wrap=True
-                )
+    for line in _commands(report.stages):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     for phase, title in _PHASES.items():
         if any(getattr(one, phase) for one in report.stages):
             out.print(_table(report, phase, title))
     for one in report.stages:
-        if one.update:
-            out.print(_step(one), markup=False, highlight=False, soft_wrap=True)
+        if said := _step(one):
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
+    for line in _notes(report):
+        say(line)
+
+
+def _commands(stages: Sequence[StageReport]) -> Iterator[str]:
+    """Each line once, after the stages and the machines that it is for."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for one in stages:
+        for place, lines in one.commands.items():
+            for line in lines:
+                names, places = found.setdefault(line, ({}, {}))
+                names[one.stage] = None
+                places[place] = None
+    for line, (names, places) in found.items():
+        first, *others = places
+        if others:
+            first = f"nodes 0 to {len(others)}"
+        yield f"{', '.join([*names, first])}: {line}"
+
+
+def _notes(report: Report) -> Iterator[str]:
+    """What the numbers are for."""
+    preset, card = report.asked.preset, report.card
+    if num := num_gpus(preset):
+        yield f"a machine has to have {num} GPUs"
     if card is None:
-        say("no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}")
+        yield "no GPU is named, so nothing was refused: --gpu 80GiB, or scale: {gpu: H100}"
+        return
+    if preset.scale.device == "cpu":
+        yield (
+            "scale.device is cpu: trainings, and engines in their process, would use no GPU; for one, set"
+            " device: cuda"
+        )
+    if report.fits:
+        yield f"fits {card.name}"
 
 
 def _table(report: Report, phase: str, title: str) -> Table:
     """Memory of one GPU in GiB: a row for each part, a column for each stage."""
     stages = [one for one in report.stages if getattr(one, phase)]
-    table = Table(title=f"GiB on each GPU, {title}")
+    is_on_gpu = report.card or report.asked.preset.scale.device == "cuda"
+    table = Table(title=f"GiB {'on each GPU' if is_on_gpu else 'of each process'}, {title}")
     table.add_column("")
     for one in stages:
         table.add_column(one.stage, justify="right")
@@ -120,14 +154,18 @@ def _table(report: Report, phase: str, title: str) -> Table:
 
 
 def _step(one: StageReport) -> str:
-    found = [f"{one.stage}: at most {one.tokens:,} tokens a step, {one.held_tokens:,} a pass"]
+    found = []
+    if one.tokens:
+        found.append(f"at most {one.tokens:,} tokens a step, {one.held_tokens:,} a pass")
     if one.seconds:
         found.append(f"updates no faster than {one.seconds:.3g} s")
     if one.host:
         found.append(f"{one.host / _GIB:.0f} GiB of main memory on each machine")
+    if one.disk >= _GIB:
+        found.append(f"leaves {one.disk / _GIB:.0f} GiB on disk")
     if one.conversations:
         found.append(f"cache for {one.conversations} conversations of full length at once")
-    return "; ".join(found)
+    return f"{one.stage}: {'; '.join(found)}" if found else ""
 
 
 def training_verb(path: Path) -> str:
@@ -138,8 +176,10 @@ def training_verb(path: Path) -> str:
 
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {content!r}")
     if "out" not in content:

@@ -16,20 +16,20 @@ EXAMPLES = {
         "model: base                          # or models:/NAME@ALIAS",
         "rollouts: [.kat/collections/first]",
         "out: models/sft",
-        "sft: {steps: 100, batch: 16, lr: 1.0e-4}",
+        "sft: {steps: 100, batch: 16}",
     ),
     "rl": (
         "model: models/sft",
         "tasks: tasks",
         "scaffold: mini",
         "out: models/rl",
-        "rl: {steps: 50, prompts: 8, group: 8, lr: 1.0e-5}",
+        "rl: {steps: 50, prompts: 8}",
     ),
     "distill": (
         "model: models/sft",
         "domains: {shell: {teacher: models/rl, tasks: tasks, scaffold: mini}}",
         "out: models/unified",
-        "distill: {steps: 50, prompts: 16, lr: 5.0e-5}",
+        "distill: {steps: 50, prompts: 8}",
     ),
 }
 """A file for each verb, as `--help` shows it."""

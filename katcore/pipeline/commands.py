@@ -15,7 +15,11 @@ _PORT = 8000
 _GIVEN = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "CUDA_VISIBLE_DEVICES")
 """Of a server's environment, what changes what it does."""
 _SERVED = Path("/MODEL")
-"""Stands for the model that is trained: where it lies is known when the stage before is done."""
+"""Stands for the model that is sampled: where it lies is known when the stage before is done."""
+TRAINS = ("sft", "rl", "distill")
+"""Stages that `scale` is about."""
+SAMPLES = ("rl", "distill", "evaluate")
+"""Stages whose rollouts are of models, by the engines of `serve`."""
 
 
 def preset_lines(stage: str, name: str, experts: Iterable[str]) -> list[list[str]]:
@@ -23,7 +27,7 @@ def preset_lines(stage: str, name: str, experts: Iterable[str]) -> list[list[str
     line = [stage, "--preset", name]
     if stage in {"base", "distill"}:
         return [line]
-    unified = [line] if stage == "sft" else []
+    unified = [line] if stage in {"sft", "evaluate"} else []
     return [*([*line, "--expert", expert] for expert in experts), *unified]
 
 
@@ -31,10 +35,10 @@ def commands(
     preset: Preset, stage: str, lines: Iterable[list[str]]
 ) -> Mapping[str, tuple[str, ...]]:
     """What runs a stage, by machine, and the servers that make its rollouts."""
-    scale = ScaleSettings() if stage == "base" else preset.scale
+    scale = preset.scale if stage in TRAINS else ScaleSettings()
     every = tuple(shlex.join(launched(scale, line)) for line in lines)
     found = {f"node {node}": every for node in range(scale.nodes)}
-    if stage in {"rl", "distill"} and (servers := tuple(server_lines(preset))):
+    if stage in SAMPLES and (servers := tuple(server_lines(preset, stage))):
         found["to be started" if preset.serve.urls else "started by node 0"] = servers
     return found
 
@@ -48,13 +52,13 @@ def launched(scale: ScaleSettings, line: Iterable[str]) -> list[str]:
     return ["torchrun", *spread, *meet, "-m", "katcore.cli", *line]
 
 
-def server_lines(preset: Preset) -> Iterator[str]:
-    """The command line of each vLLM server, less its key; none if there are none."""
+def server_lines(preset: Preset, stage: str) -> Iterator[str]:
+    """The command line of each vLLM server of a stage, less its key; none if there are none."""
     serve = preset.serve
     if serve.engine != "vllm":
         return
     for number in range(serve.replicas):
-        start = _start(preset, number)
+        start = _start(preset, number, is_trained=stage != "evaluate" or bool(serve.urls))
         if serve.urls:
             url = urlsplit(serve.urls[number])
             command = start.command(url.port or _PORT)
@@ -66,8 +70,17 @@ def server_lines(preset: Preset) -> Iterator[str]:
         yield " ".join([*given, shlex.join(command)])
 
 
-def _start(preset: Preset, number: int) -> Start:
-    """One replica's server, as `katcore.pipeline.engines` has it started."""
+def num_gpus(preset: Preset) -> int:
+    """How many GPUs a machine has to have, which runs the trainer and the servers that it starts."""
+    serve, num = preset.serve, preset.scale.gpus
+    if serve.engine != "vllm" or serve.urls:
+        return num
+    servers = (serve.devices_of(number, num) for number in range(serve.replicas))
+    return max(num, 1 + max(device for devices in servers for device in devices))
+
+
+def _start(preset: Preset, number: int, *, is_trained: bool) -> Start:
+    """One replica's server, as `katcore.pipeline.engines` has it started; at urls, one for all stages."""
     serve, lora = preset.serve, preset.lora
     arguments = (
         *("--dtype", str(serve.options.get("dtype", "auto")), "--seed", str(number)),
@@ -79,8 +92,8 @@ def _start(preset: Preset, number: int) -> Start:
         _SERVED,
         Path("python"),
         arguments,
-        takes_weights=lora is None,
-        adapter_rank=lora.rank if lora else 0,
-        sleeps=serve.placement == "colocated",
+        takes_weights=is_trained and lora is None,
+        adapter_rank=lora.rank if lora and is_trained else 0,
+        sleeps=is_trained and serve.placement == "colocated",
         devices=() if serve.urls else serve.devices_of(number, preset.scale.gpus),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from katcore.config import DistillSettings, is_first_process
+from katcore.config import DistillSettings, is_first_process, learning_rate
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.pipeline.engines import open_engines
@@ -101,7 +101,8 @@ def train(job: Job, start: Path, domains: Sequence[Domain]) -> dict[str, float]:
         _warn_of_strangers(job, start, domains)
     model = load_trainable(start, job.preset, job.seed)
     updates = settings.cold_steps + settings.steps * settings.epochs
-    schedule = Schedule(settings.lr, updates, settings.warmup, settings.final_lr)
+    lr = learning_rate(settings, job.preset.lora)
+    schedule = Schedule(lr, updates, settings.warmup, settings.final_lr)
     trainer = Trainer(model, schedule, **engine_options(job.preset))
     loop = _Loop(job, trainer, chat, domains)
     history = loop.load()

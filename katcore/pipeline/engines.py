@@ -1,4 +1,4 @@
-"""The engines that make a training's rollouts, and how new weights come to them: `serve` of the settings."""
+"""The engines that make rollouts, and how weights come to them: `serve` of the settings."""
 
 import asyncio
 import shutil
@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from katcore.config import check_finished
 from katcore.inference.chat import ChatTokenizer
-from katcore.inference.embedded import EmbeddedEngine
+from katcore.inference.embedded import EmbeddedEngine, open_engine
 from katcore.inference.router import Replica, Router
 from katcore.pipeline.rollouts import engine_settings
 from katcore.pipeline.stage import Job
+from katcore.train import ranks
 from katcore.train.policy import save_policy
 from katcore.train.prepare import load_sampler
 
@@ -46,6 +48,32 @@ async def open_engines(job: Job, model: Any, start: Path) -> AsyncIterator[Engin
     try:
         await router.open(job.progress.say)
         yield Engines(router, hand_over, is_colocated=serve.placement == "colocated")
+    finally:
+        await router.close()
+
+
+@asynccontextmanager
+async def open_finished(job: Job, folder: Path, version: str) -> AsyncIterator[Router]:
+    """Engines with the model of a folder, which nobody trains.
+
+    Servers that run elsewhere read it from there, as `version`.
+
+    Raises:
+        ConfigError: they are servers for adapters.
+    """
+    serve = job.preset.serve
+    check_finished(serve, job.preset.lora)
+    if serve.engine == "vllm":
+        numbers = range(serve.replicas)
+        router = Router([_server(job, folder, number, is_trained=False) for number in numbers])
+    else:
+        device = ranks.device(job.preset.scale.device)
+        router = Router([open_engine(folder, **engine_settings(job), device=device)])
+    try:
+        await router.open(job.progress.say)
+        if serve.urls:
+            await router.renew(lambda engine: engine.load_weights(folder, version))
+        yield router
     finally:
         await router.close()
 
@@ -105,7 +133,7 @@ def _write(job: Job, model: Any, weights: Weights, folder: Path, start: Path) ->
         save_policy(model, folder, tokenizer=start, weights=weights)
 
 
-def _server(job: Job, start: Path, number: int) -> Replica:
+def _server(job: Job, start: Path, number: int, *, is_trained: bool = True) -> Replica:
     serve, lora = job.preset.serve, job.preset.lora
     options = {"model": start, "context": job.preset.model.context, **serve.options}
     if serve.urls:
@@ -115,9 +143,12 @@ def _server(job: Job, start: Path, number: int) -> Replica:
             "tensor_parallel_size": serve.tensor_parallel,
             "devices": serve.devices_of(number, job.preset.scale.gpus),
             "seed": job.seed + number,
-            "takes_weights": lora is None,
-            "adapter_rank": lora.rank if lora else 0,
-            "sleeps": serve.placement == "colocated",
         }
+        if is_trained:
+            options |= {
+                "takes_weights": lora is None,
+                "adapter_rank": lora.rank if lora else 0,
+                "sleeps": serve.placement == "colocated",
+            }
     engine: Replica = job.plugins.make("engine", "vllm", options)
     return engine

@@ -2,17 +2,19 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from katcore.inference.embedded import open_engine
+from katcore.pipeline.engines import open_finished
 from katcore.pipeline.plan import MODES, UNIFIED
-from katcore.pipeline.rollouts import RolloutFile, engine_settings, open_rollouts, tasks_of
+from katcore.pipeline.rollouts import RolloutFile, Rollouts, open_rollouts, tasks_of
 from katcore.pipeline.stage import Job
+from katcore.protocols import Engine
 from katcore.rollout.single import Attempt
 from katcore.schema.call import Sampling
 from katcore.schema.expert import Expert
 from katcore.schema.task import Task
-from katcore.train import ranks
 from katcore.train.policy import limit_threads
 
 
@@ -33,49 +35,73 @@ def columns(job: Job) -> dict[str, Path]:
     return {column: job.input(name) / "model" for column, name in names.items()}
 
 
+@dataclass(slots=True)
+class _Part:
+    """One model on the tasks of one domain in one mode; `done` has the rewards of what was scored so far."""
+
+    column: str
+    mode: str
+    expert: Expert
+    tasks: list[Task]
+    file: RolloutFile
+    done: dict[str, float]
+
+    def missing(self) -> list[Task]:
+        """The tasks without a reward: not attempted, or lost to infrastructure."""
+        return [task for task in self.tasks if task.id not in self.done]
+
+
 async def _evaluate(job: Job, models: dict[str, Path]) -> dict[str, float]:
+    parts = list(_parts(job, models))
+    total = sum(len(part.tasks) for part in parts)
+    num = sum(len(part.done) for part in parts)
+    async with open_rollouts(job) as rollouts:
+        for column, folder in models.items():
+            own = [part for part in parts if part.column == column and part.missing()]
+            if not own:  # a server would take minutes to start
+                continue
+            async with open_finished(job, folder, column) as engine:
+                for part in own:
+                    async for _ in _attempted(rollouts, engine, part):
+                        num += 1
+                        job.progress.step(num - 1, total)
+    metrics = {
+        f"{part.column}/{part.mode}/{part.expert.name}": sum(part.done.values())
+        / max(1, len(part.done))
+        for part in parts
+    }
+    for part in parts:
+        part.file.close()
+    job.progress.step(total - 1, total, metrics)
+    return metrics
+
+
+def _parts(job: Job, columns: Iterable[str]) -> Iterator[_Part]:
     experts = job.plugins.experts()
     names = [
         name.removesuffix(".synthesize") for name in job.inputs if name.endswith(".synthesize")
     ]
     tasks = {(mode, name): held_out(job, experts[name], mode) for mode in MODES for name in names}
-    total = sum(
-        len(chosen)
-        for column in models
-        for (_, name), chosen in tasks.items()
-        if _counts(job, column, name)
-    )
-    metrics: dict[str, float] = {}
-    num = 0
-    async with open_rollouts(job) as rollouts:
-        for column, folder in models.items():
-            engine = open_engine(
-                folder, **engine_settings(job), device=ranks.device(job.preset.scale.device)
-            )
-            for (mode, name), chosen in tasks.items():
-                if not _counts(job, column, name):
-                    continue
-                temperature = job.preset.evaluate.temperature if mode == "sampled" else 0.0
-                sampling = Sampling(temperature, job.preset.max_new_tokens)
-                parts = rollouts.parts(experts[name], sampling)
+    for column in columns:
+        for (mode, name), chosen in tasks.items():
+            if _counts(job, column, name):
                 file = RolloutFile(job.out / f"{column}.{mode}.{name}.jsonl")
-                done = {rollout.task_id: rollout.reward for rollout in file.read()}
-                attempts = (
-                    Attempt(task, engine, label=f"{column}-{mode}")
-                    for task in chosen
-                    if task.id not in done
-                )
-                num += len(done)
-                async for rollout in rollouts.run(attempts, parts):
-                    file.append(rollout)
-                    done[rollout.task_id] = rollout.reward
-                    num += 1
-                    job.progress.step(num - 1, total)
-                file.close()
-                scored = [reward for reward in done.values() if reward is not None]
-                metrics[f"{column}/{mode}/{name}"] = sum(scored) / max(1, len(scored))
-    job.progress.step(total - 1, total, metrics)
-    return metrics
+                done = {one.task_id: one.reward for one in file.read() if one.reward is not None}
+                yield _Part(column, mode, experts[name], chosen, file, done)
+
+
+async def _attempted(rollouts: Rollouts, engine: Engine, part: _Part) -> AsyncIterator[None]:
+    """Make what is missing of a part; yields at each that ends."""
+    preset = rollouts.job.preset
+    temperature = preset.evaluate.temperature if part.mode == "sampled" else 0.0
+    parts = rollouts.parts(part.expert, Sampling(temperature, preset.max_new_tokens))
+    label = f"{part.column}-{part.mode}"
+    attempts = (Attempt(task, engine, label=label) for task in part.missing())
+    async for rollout in rollouts.run(attempts, parts):
+        part.file.append(rollout)
+        if rollout.reward is not None:
+            part.done[rollout.task_id] = rollout.reward
+        yield
 
 
 def _counts(job: Job, column: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from katcore.config import Preset
+from katcore.config import Preset, learning_rate
 from katcore.errors import ConfigError
 from katcore.inference import source
 from katcore.plugin import Plugins
@@ -25,7 +25,7 @@ MODES = ("greedy", "sampled")
 _ROLLOUT = (
     "rollout", "proxy", "trajectory", "sandbox", "schema", "inference", "pipeline.rollouts",
 )  # fmt: skip
-_TRAINED = ("balance", "lora", "precision")
+_TRAINED = ("balance", "lora", "optimizer", "precision")
 """What of a preset matters to whatever is trained."""
 _CODE: Mapping[str, tuple[str, ...]] = {
     "base": ("train", "inference"),
@@ -42,7 +42,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
         "pipeline.prefill",
     ),
     "distill": ("train", *_ROLLOUT, "pipeline.engines", "pipeline.stream", "pipeline.route"),
-    "evaluate": _ROLLOUT,
+    "evaluate": (*_ROLLOUT, "pipeline.engines"),
     "gate": ("pipeline.statistic",),
     "register": ("registry",),
 }
@@ -130,7 +130,7 @@ def _expert_stages(
 
     made_by = (("synthesizer", expert.synthesizer), ("sandbox", preset.sandbox))
     asked = [_rollout_config(item, preset, seed) for item in others]
-    evaluation = rollout | _dump(preset, "evaluate")
+    evaluation = rollout | _dump(preset, "evaluate", "serve")
     if others:
         evaluation["others"] = [config for config, _ in asked]
     return [
@@ -193,7 +193,7 @@ def _unified_stages(experts: list[Expert], preset: Preset, seed: int) -> list[St
         stage(
             "evaluate",
             [f"{prefix}.distill", *of("synthesize")],
-            rollout | _dump(preset, "evaluate"),
+            rollout | _dump(preset, "evaluate", "serve"),
             offers,
         ),
         stage("gate", [f"{prefix}.evaluate", *of("evaluate")], _dump(preset, "evaluate")),
@@ -235,6 +235,8 @@ def _dump(preset: Preset, *names: str) -> dict[str, Any]:
     for section in content.values():
         if isinstance(section, dict):
             section.pop("checkpoint_every", None)  # changes what a kill costs, and no result
+    for name in ("sft", "student", "rl", "distill"):
+        content[name]["lr"] = learning_rate(getattr(preset, name), preset.lora)
     # All else of `scale` changes no more than rounding.
     content["precision"] = preset.scale.precision
     return {name: content[name] for name in names}

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from katcore.config import is_first_process
+from katcore.config import is_first_process, learning_rate
 from katcore.errors import StageError
 from katcore.pipeline.engines import Engines, open_engines
 from katcore.pipeline.frontier import Frontier
@@ -50,7 +50,7 @@ def train(job: Job, start: Path, expert: Expert, tasks: Sequence[Task]) -> dict[
     settings = job.preset.rl
     model = load_trainable(start, job.preset, job.seed)
     schedule = Schedule(
-        settings.lr,
+        learning_rate(settings, job.preset.lora),
         settings.steps * settings.epochs * settings.minibatches,
         settings.warmup,
         final_lr=settings.final_lr,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from katcore.config import SftSettings
+from katcore.config import SftSettings, learning_rate
 from katcore.errors import StageError
 from katcore.pipeline.stage import Job
 from katcore.schema.codec import read_lines
@@ -39,7 +39,8 @@ def train(
             f"none of {len(samples)} samples has at most {context} tokens: there is nothing to train on"
         )
     model = load_trainable(start, job.preset, job.seed)
-    schedule = Schedule(settings.lr, settings.steps, settings.warmup, settings.final_lr)
+    lr = learning_rate(settings, job.preset.lora)
+    schedule = Schedule(lr, settings.steps, settings.warmup, settings.final_lr)
     last: dict[str, float] = {}
 
     def report(step: int, metrics: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from katcore.config import (
     DistillSettings,
     LoraSettings,
     ModelSettings,
+    OptimizerSettings,
     Preset,
     RlSettings,
     ScaleSettings,
@@ -30,7 +31,7 @@ class TrainingConfig(Settings):
     `model` is a model folder, the folder of an earlier training, or a registered model:
     `models:/NAME/VERSION` or `models:/NAME@ALIAS`. `context` bounds a sample, and a conversation.
     `micro_batch_tokens` bounds the padded tokens of one pass: memory, never results.
-    `scale` and `lora` are those of a preset; without `lora` all weights are trained.
+    `scale`, `optimizer` and `lora` are those of a preset; without `lora` all weights are trained.
     """
 
     model: str
@@ -40,6 +41,7 @@ class TrainingConfig(Settings):
     micro_batch_tokens: int = Field(default=8192, ge=1)
     threads: int = Field(default=2, ge=1)
     scale: ScaleSettings = ScaleSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings | None = None
 
 
@@ -172,6 +174,7 @@ def preset_of(name: str, config: TrainingConfig) -> Preset:
         "model": ModelSettings(context=config.context),
         "micro_batch_tokens": config.micro_batch_tokens,
         "scale": config.scale,
+        "optimizer": config.optimizer,
         "lora": config.lora,
     }
     if isinstance(config, RolloutConfig):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from katcore.config import BaseTrainingSettings, ModelSettings
+from katcore.config import BaseTrainingSettings, ModelSettings, OptimizerSettings
 from katcore.schema.sample import Sample
 from katcore.train.drill import Conversation, Drills
 from katcore.train.objective import Metrics, Sft
@@ -55,8 +55,8 @@ def train_base(
     tokenizer = train_tokenizer([*texts, *sample_text], vocabulary=model.vocabulary, folder=out)
     end_id = tokenizer.encode(END).ids[0]
     policy: Any = new_policy(model, vocabulary=tokenizer.get_vocab_size(), end_id=end_id, seed=seed)
-    schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1, weight_decay=0.01)
-    trainer = Trainer(policy, schedule)
+    schedule = Schedule(settings.lr, settings.steps, settings.warmup, 0.1)
+    trainer = Trainer(policy, schedule, optimizer=OptimizerSettings(weight_decay=0.01))
     trainer.load(checkpoint)
     streams = _Streams(tokenizer, texts, words, lines)
     while trainer.step_number < settings.steps:

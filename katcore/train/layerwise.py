@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from katcore.settings import OptimizerSettings
 from katcore.train import ranks
 from katcore.train.scattered import Scattered
-from katcore.train.stepper import MAX_NORM, adamw
+from katcore.train.stepper import adamw
 
 
 class Layerwise:
@@ -22,9 +23,10 @@ class Layerwise:
         self,
         model: Any,
         layers: Scattered,
-        weight_decay: float,
+        settings: OptimizerSettings,
         offload: Literal["none", "optimizer", "all"] = "none",
     ) -> None:
+        self._max_norm = settings.max_norm
         self._own = [shard for shard in layers.shards if shard.requires_grad]
         self._whole = [p for p in model.parameters() if p.requires_grad]
         self._learnt = [*self._own, *self._whole]
@@ -32,7 +34,7 @@ class Layerwise:
         copied = {"none": [], "optimizer": self._learnt, "all": self._whole}[offload]
         self._copies = [(one, nn.Parameter(_in_main_memory(one))) for one in copied]
         there = {"none": self._learnt, "optimizer": [], "all": self._own}[offload]
-        self._optimizer = adamw([*there, *(copy for _, copy in self._copies)], weight_decay)
+        self._optimizer = adamw([*there, *(copy for _, copy in self._copies)], settings)
 
     def begin(self, lr: float) -> None:
         """See `Stepper`."""
@@ -52,7 +54,7 @@ class Layerwise:
         if math.isfinite(norm):
             for parameter in self._learnt:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
+                    parameter.grad.mul_(min(1.0, self._max_norm / (norm + 1e-6)))
             self._change()
         return norm
 

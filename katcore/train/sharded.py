@@ -12,9 +12,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from katcore.settings import ScaleSettings
+from katcore.settings import OptimizerSettings, ScaleSettings
 from katcore.train import ranks
-from katcore.train.stepper import MAX_NORM, adamw
+from katcore.train.stepper import adamw
 
 # DeepSpeed would compile an all-reduce of its own for processors, minutes at the first start; gloo has one.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -24,15 +24,15 @@ class Sharded:
     """See `stepper.Stepper`. With stage 1 gradients are whole until the step, with 2 until a pass is over."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], weight_decay: float, scale: ScaleSettings
+        self, parameters: Sequence[Tensor], settings: OptimizerSettings, scale: ScaleSettings
     ) -> None:
         self._parameters = parameters
         self._stage = scale.zero
         own = _Parameters(parameters)
         self._engine: Any = deepspeed.initialize(
             model=own,
-            optimizer=adamw(list(own.parameters()), weight_decay),
-            config=_config(scale),
+            optimizer=adamw(list(own.parameters()), settings),
+            config=_config(scale, settings.max_norm),
             dist_init_required=False,
         )[0]
         self._zero = self._engine.optimizer
@@ -108,14 +108,14 @@ class _Given(torch.autograd.Function):
         return (None, *ctx.grads)
 
 
-def _config(scale: ScaleSettings) -> dict[str, Any]:
+def _config(scale: ScaleSettings, max_norm: float) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": scale.zero, "overlap_comm": False}
     if scale.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": MAX_NORM,
+        "gradient_clipping": max_norm,
         "zero_optimization": zero,
         # torch's AdamW, also where the state is offloaded: DeepSpeed's own is compiled at the first start.
         "zero_force_ds_cpu_optimizer": False,

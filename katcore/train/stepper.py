@@ -1,4 +1,4 @@
-"""From gradients to new weights, in all processes: AdamW (0.9, 0.95), gradient norm clipped at 1."""
+"""From gradients to new weights, in all processes: AdamW, with the norm of the gradient clipped."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -6,9 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from katcore.settings import OptimizerSettings
 from katcore.train import ranks
-
-MAX_NORM = 1.0
 
 
 class Stepper(Protocol):
@@ -36,9 +35,10 @@ class Stepper(Protocol):
 class Replicated:
     """Each process has all weights and the optimizer's whole state."""
 
-    def __init__(self, parameters: Sequence[Tensor], weight_decay: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], settings: OptimizerSettings) -> None:
         self._parameters = parameters
-        self._optimizer = adamw(parameters, weight_decay)
+        self._max_norm = settings.max_norm
+        self._optimizer = adamw(parameters, settings)
 
     def begin(self, lr: float) -> None:
         """See `Stepper`."""
@@ -52,7 +52,7 @@ class Replicated:
     def step(self) -> float:
         """See `Stepper`."""
         ranks.sum_gradients(self._parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         if torch.isfinite(norm):
             self._optimizer.step()
         return float(norm)
@@ -66,8 +66,12 @@ class Replicated:
         self._optimizer.load_state_dict(state)
 
 
-def adamw(parameters: Sequence[Tensor], weight_decay: float) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
     """The optimizer; its learning rate is set at each step."""
     return torch.optim.AdamW(
-        parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        parameters,
+        lr=0.0,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )

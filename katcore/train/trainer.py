@@ -16,7 +16,7 @@ from torch import Tensor
 from katcore.config import Preset
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
-from katcore.settings import ScaleSettings
+from katcore.settings import OptimizerSettings, ScaleSettings
 from katcore.train import checkpoint, head, lockstep, ranks, scattered
 from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
@@ -29,6 +29,7 @@ from katcore.train.stepper import Replicated, Stepper
 from katcore.train.support import Trees, takes_trees
 
 _ALONE = ScaleSettings()
+_ADAMW = OptimizerSettings()
 _LOG = logging.getLogger(__name__)
 _MOST_SKIPPED = 5
 """So many updates in a row may be skipped; the next one is an error."""
@@ -42,7 +43,6 @@ class Schedule:
     steps: int
     warmup: int = 0
     final_lr: float = 0.0
-    weight_decay: float = 0.0
 
     def at(self, step: int) -> float:
         """The learning rate of a step (from 0)."""
@@ -59,6 +59,7 @@ def engine_options(preset: Preset) -> dict[str, Any]:
         "trees": preset.tree,
         "balance": preset.balance,
         "scale": preset.scale,
+        "optimizer": preset.optimizer,
     }
 
 
@@ -80,6 +81,7 @@ class Trainer:
         trees: Trees = "auto",
         balance: float = 0.0,
         scale: ScaleSettings = _ALONE,
+        optimizer: OptimizerSettings = _ADAMW,
     ) -> None:
         ranks.join()
         self.model = model
@@ -91,7 +93,7 @@ class Trainer:
         self._schedule = schedule
         self._max_tokens = max_tokens
         self._weighting = weighting
-        self._stepper = _stepper(model, schedule.weight_decay, scale)
+        self._stepper = _stepper(model, optimizer, scale)
         self._zero = scale.zero
         # peft is imported where there are adapters: it takes seconds.
         has_adapters = hasattr(model, "peft_config")
@@ -265,14 +267,14 @@ class Trainer:
         save_policy(self.model, out / "model", tokenizer=tokenizer)
 
 
-def _stepper(model: Any, weight_decay: float, scale: ScaleSettings) -> Stepper:
+def _stepper(model: Any, settings: OptimizerSettings, scale: ScaleSettings) -> Stepper:
     if scale.zero == 3:
         layers = scattered.of(model) or scattered.scatter(model, scale)
-        return Layerwise(model, layers, weight_decay, scale.offload)
+        return Layerwise(model, layers, settings, scale.offload)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not scale.zero:
-        return Replicated(parameters, weight_decay)
+        return Replicated(parameters, settings)
     # Imported where it is asked for, as peft is.
     sharded = import_module("katcore.train.sharded")
-    stepper: Stepper = sharded.Sharded(parameters, weight_decay, scale)
+    stepper: Stepper = sharded.Sharded(parameters, settings, scale)
     return stepper

@@ -1,6 +1,7 @@
 """What fits, by how much it does not, and what would."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,22 @@ def test_it_fits_exactly_from_what_it_needs_on() -> None:
     assert 0 < found.over <= 2 << 20
 
 
+def test_an_evaluation_has_its_engines_and_nothing_of_a_training() -> None:
+    scale = {"zero": 3, "processes": 8}
+    embedded, served = (
+        replace(need(scale, serve), is_trained=False)
+        for serve in ({"replicas": 2}, VLLM | {"tensor_parallel": 4})
+    )
+    for asked in (embedded, served):
+        assert not update_parts(asked)
+        assert not asked.is_shared
+    assert rollout_parts(embedded)["engine: weights"] == 4 * SHAPE.num_parameters
+    assert rollout_parts(served)["engine: weights"] == 2 * SHAPE.num_parameters // 4
+    assert not list(excesses(served, 80 * GIB))
+    (found,) = excesses(embedded, 24 * GIB)
+    assert (found.phase, found.largest) == ("rollouts", "engine: weights")
+
+
 def test_servers_share_the_trainers_cards_or_have_their_own() -> None:
     scale = {"zero": 3, "processes": 8, "recompute": True}
     shared, apart = need(scale, VLLM), need(scale, VLLM | {"placement": "disaggregated"})
@@ -92,10 +109,11 @@ def test_engines_in_the_process_have_caches_and_copies_of_their_own() -> None:
     assert scattered["engine: weights"] == 4 * SHAPE.num_parameters
 
 
-def test_a_share_that_is_no_number_is_an_error() -> None:
-    for arguments in (["--gpu-memory-utilization"], ["--gpu-memory-utilization=much"]):
+def test_a_share_that_is_none_is_an_error() -> None:
+    for said in ([], ["much"], ["1.5"], ["0"]):
+        arguments = ["--gpu-memory-utilization", *said]
         asked = need({}, {"engine": "vllm", "options": {"arguments": arguments}})
-        with pytest.raises(ConfigError, match="is no number; say for example"):
+        with pytest.raises(ConfigError, match="is no share of a card; say for example"):
             list(excesses(asked, 80 * GIB))
 
 
@@ -117,6 +135,11 @@ def test_a_step_takes_no_less_than_its_flops() -> None:
     assert rough * 0.9 < one < rough * 1.3
     assert seconds(tuned, Step(10_000), card) == pytest.approx(one * 2 / 3)
     assert seconds(need({"recompute": True}), Step(10_000), card) == pytest.approx(one * 4 / 3)
+    assert seconds(need({"zero": 3}), Step(10_000), card) == pytest.approx(one * 4 / 3)
+    both = need({"zero": 3, "recompute": True})
+    assert seconds(both, Step(10_000), card) == pytest.approx(one * 4 / 3)
+    looked = Step(10_000, passes=2, looks=3)
+    assert seconds(full, looked, card) == pytest.approx(one * (2 + 3 / 3))
     assert seconds(need({"processes": 8}), Step(20_000), card) == pytest.approx(one / 4)
     assert seconds(full, Step(10_000), find_card("80GiB")) == 0
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from katcore.budget.shape import Shape, known_models, shape_of
 from katcore.budget.states import states
-from katcore.settings import LoraSettings, ScaleSettings
+from katcore.settings import LoraSettings, OptimizerSettings, ScaleSettings
 from katcore.train.layerwise import Layerwise
 from katcore.train.lora import add_adapters
 from katcore.train.scattered import scatter
@@ -97,7 +97,7 @@ def test_stage_3_holds_what_its_shards_are(rank: int, offload: Any) -> None:
         add_adapters(model, lora, 0)
     given = ScaleSettings(zero=3, offload=offload)
     layers = scatter(model, given)
-    stepper = Layerwise(model, layers, 0.0, offload)
+    stepper = Layerwise(model, layers, OptimizerSettings(), offload)
     stepper.begin(0.0)
     model(input_ids=torch.arange(12)[None]).logits.sum().backward()
     stepper.step()

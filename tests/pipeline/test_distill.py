@@ -26,7 +26,10 @@ from katcore.train.trainer import Schedule, Trainer
 from tests.inference.tiny import CONTEXT, write_tiny_model
 
 STEPS = 14
-SETTINGS = DistillSettings(cold_steps=STEPS, cold_batch=3, steps=1, lr=1e-2, checkpoint_every=5)
+LR = 1e-2
+SETTINGS = DistillSettings(
+    objective="reverse-kl", cold_steps=STEPS, cold_batch=3, steps=1, lr=LR, checkpoint_every=5
+)
 
 
 class KilledError(Exception):
@@ -89,7 +92,7 @@ def domain(made: Job) -> Domain:
 def begin(made: Job) -> Trainer:
     start = made.input("unified.sft") / "model"
     model = load_trainable(start, made.preset, 0)
-    trainer = Trainer(model, Schedule(SETTINGS.lr, STEPS + 1), scale=made.preset.scale)
+    trainer = Trainer(model, Schedule(LR, STEPS + 1), scale=made.preset.scale)
     loop = _Loop(made, trainer, ChatTokenizer(start), [domain(made)])
     assert loop.load() == []
     loop.learn_from_teachers()

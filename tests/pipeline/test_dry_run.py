@@ -10,6 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kat_engines.config import VllmConfig, _own_server
+from katcore import config
 from katcore.budget.card import CARDS, GIB, find_card
 from katcore.budget.shape import known_models
 from katcore.cli import app
@@ -19,6 +20,7 @@ from katcore.pipeline.commands import launched, server_lines
 from katcore.pipeline.dry_run import asked_of_preset, dry_run
 from katcore.settings import ScaleSettings
 
+PRESETS = Path(config.__file__).parent / "presets"
 SMALL = """
 summary: small
 model: {kind: hub, repo: Qwen/Qwen2.5-Coder-0.5B-Instruct,
@@ -49,7 +51,7 @@ def small(tmp_path: Path) -> Path:
 def test_every_preset_fits_what_it_is_for(name: str) -> None:
     found = record("--preset", name)
     assert found["fits"]
-    assert [one["stage"] for one in found["stages"]] == ["base", "sft", "rl", "distill"]
+    assert [one["stage"] for one in found["stages"]] == ["base", "sft", "rl", "distill", "evaluate"]
 
 
 def test_a_run_on_a_cpu_needs_no_card() -> None:
@@ -160,7 +162,7 @@ def test_servers_are_started_as_the_engine_starts_them(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\nexit 0\n")
     python.chmod(0o755)
     preset = load_preset("gpu8")
-    for number, line in enumerate(server_lines(preset)):
+    for number, line in enumerate(server_lines(preset, "rl")):
         options = {
             "model": tmp_path,
             "python": python,
@@ -185,7 +187,108 @@ def test_servers_are_started_as_the_engine_starts_them(tmp_path: Path) -> None:
 
 
 def test_servers_elsewhere_are_to_be_started_there() -> None:
-    lines = list(server_lines(load_preset("cluster")))
+    lines = list(server_lines(load_preset("cluster"), "evaluate"))
+    assert all("--tensor-parallel-size 4" in line for line in lines)
     assert len(lines) == 4
     assert "--host rollout-3 --port 8000" in lines[3]
     assert "--enable-sleep-mode" not in lines[3]
+    trained = list(server_lines(load_preset("cluster"), "rl"))
+    assert trained == lines, "one server for all stages"
+    said = kat("--preset", "cluster").stdout
+    assert f"rl, distill, evaluate, to be started: {lines[0]}\n" in said
+    assert said.count(lines[0]) == 1
+
+
+def test_what_each_machine_runs_is_said_once() -> None:
+    said = kat("--preset", "cluster").stdout
+    assert "sft, nodes 0 to 3: torchrun --nnodes 4 " in said
+    assert "node 1" not in said
+    assert "evaluate, node 0: kat evaluate --preset cluster --expert swe\n" in said
+    assert "evaluate, node 0: kat evaluate --preset cluster\n" in said
+
+
+def test_servers_of_an_evaluation_take_no_weights_and_never_sleep() -> None:
+    (line, _) = server_lines(load_preset("gpu8"), "evaluate")
+    assert line.startswith("CUDA_VISIBLE_DEVICES=0,1,2,3 python")
+    assert "DEV_MODE" not in line
+    assert "lora" not in line
+    assert "sleep" not in line
+
+
+def test_an_evaluation_in_one_process_is_refused_where_the_model_is_larger_than_a_card(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "big.yaml"
+    served = "serve: {engine: vllm, tensor_parallel: 8}"
+    text = SMALL.replace("Qwen2.5-Coder-0.5B-Instruct", "Qwen3-Coder-30B-A3B-Instruct")
+    scale = (
+        "scale: {processes: 8, zero: 3, precision: bfloat16, device: cuda, gpu: H100}\nlora: {}\n"
+    )
+    path.write_text(text + scale)
+    assert "does not fit: evaluate, making rollouts: " in kat(str(path)).output
+    path.write_text(text + scale + served)
+    assert "does not fit: evaluate" not in kat(str(path)).output
+
+
+def test_servers_for_adapters_elsewhere_cannot_be_evaluated_with(small: Path) -> None:
+    serve = "serve: {engine: vllm, placement: disaggregated, urls: [http://a:1]}\nlora: {}\n"
+    small.write_text(SMALL + serve)
+    done = kat(str(small))
+    assert done.exit_code == 2
+    assert "evaluate has the servers at serve.urls read whole models" in done.output
+
+
+def changed(path: Path, old: str, new: str, name: str = "gpu8") -> Path:
+    """A preset with one thing changed, in a file."""
+    text = (PRESETS / f"{name}.yaml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "num"),
+    [
+        ("summary", "summary", 8),
+        ("replicas: 2", "replicas: 4", 16),
+        ("replicas: 2", "replicas: 2\n  placement: disaggregated", 16),
+        ("replicas: 2", "replicas: 2\n  devices: [0, 1, 2, 3, 8, 9, 10, 11]", 12),
+    ],
+)
+def test_it_says_how_many_gpus_a_machine_has_to_have(
+    tmp_path: Path, old: str, new: str, num: int
+) -> None:
+    path = changed(tmp_path / "p.yaml", old, new)
+    assert record(str(path))["gpus"] == num
+    assert f"a machine has to have {num} GPUs" in kat(str(path)).output
+    assert "fits H100" in kat(str(path)).output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "tensor_parallel: 4",
+            "tensor_parallel: 3",
+            "3 GPUs cannot share the model's 32 attention heads",
+        ),
+        ('"0.3"', '"1.5"', "'1.5' is no share of a card"),
+    ],
+)
+def test_servers_that_would_not_start_are_refused(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    done = kat(str(changed(tmp_path / "p.yaml", old, new)))
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_more_than_a_machine_s_gpus_are_those_of_more_machines(tmp_path: Path) -> None:
+    path = changed(tmp_path / "p.yaml", "nodes: 4", "nodes: 1", "cluster")
+    assert {"scale": {"nodes": 2}} not in record(str(path))["changes"]
+    assert {"scale": {"nodes": 4}} in record(str(path))["changes"]
+
+
+def test_a_card_that_nothing_would_use_is_pointed_out() -> None:
+    assert "would use no GPU" in kat("--preset", "laptop", "--gpu", "24GiB").output
+    assert "would use no GPU" not in kat("--preset", "gpu8").output

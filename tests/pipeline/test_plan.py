@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from katcore.config import DistillSettings, EvaluateSettings, Preset, RlSettings, SftSettings
+from katcore.config import (
+    DistillSettings,
+    EvaluateSettings,
+    LoraSettings,
+    OptimizerSettings,
+    Preset,
+    RlSettings,
+    SftSettings,
+)
 from katcore.errors import ConfigError, PluginError
 from katcore.pipeline import plan
 from katcore.pipeline.plan import build_plan
@@ -61,9 +69,25 @@ def test_a_setting_changes_its_stage_and_what_comes_after(plugins: Plugins) -> N
     student = changed(plugins, student=SftSettings(steps=1))
     assert "unified.sft" in student
     assert not {name for name in student if name.startswith("terminal")}
+    assert "terminal.rl" in changed(plugins, optimizer=OptimizerSettings(max_norm=0.5))
     balanced = changed(plugins, balance=0.01)
     assert {"terminal.sft", "terminal.rl", "unified.sft", "unified.distill"} <= balanced
     assert "terminal.collect" not in balanced
+
+
+def test_what_an_evaluation_samples_with_is_in_its_key(plugins: Plugins) -> None:
+    stages = build_plan(PRESET, plugins, experts=["terminal"]).stages
+    for name in ("terminal.evaluate", "unified.evaluate"):
+        assert stages[name].config["serve"] == PRESET.serve.model_dump(mode="json")
+
+
+def test_a_default_that_is_said_is_the_same_work(plugins: Plugins) -> None:
+    """The learning rate of a key is the one that is trained with."""
+    assert changed(plugins, rl=RlSettings(lr=1e-6), distill=DistillSettings(lr=5e-5)) == set()
+    adapted = PRESET.model_copy(update={"lora": LoraSettings()})
+    configs = build_plan(adapted, plugins, experts=["terminal"]).stages
+    assert configs["terminal.rl"].config["rl"]["lr"] == 1e-5
+    assert configs["unified.sft"].config["student"]["lr"] == 1e-4
 
 
 def test_a_seed_is_another_run(plugins: Plugins) -> None:

@@ -256,7 +256,7 @@ def test_what_takes_long_between_steps_keeps_no_agent_waiting(
         ("rl", {"model": "models:/kat-none@candidate"}, "no model is registered"),
         ("distill", {"domains": {}}, "domains: "),
         ("distill", {"domains": {"a": {"tasks": "tasks"}}}, "domains.a.teacher: Field required"),
-        ("distill", {"distill": {"rewards": True}}, "objective: policy-gradient, and group: 2"),
+        ("distill", {"distill": {"group": 1}}, "objective: policy-gradient, and group: 2"),
         ("distill", {"distill": {"truncate_after": 2}}, "set overlap_k, too"),
         ("distill", {"distill": {"cold_steps": 1}}, "give domains.shell.rollouts"),
         ("distill", {"domains": {"shell": AGENT | {"teacher": "foreign"}}}, "need one tokenizer"),

@@ -16,7 +16,7 @@ import torch
 from katcore.config import RlSettings
 from katcore.pipeline.learner import Learner
 from katcore.schema.sample import Sample
-from katcore.settings import LoraSettings, ScaleSettings
+from katcore.settings import LoraSettings, OptimizerSettings, ScaleSettings
 from katcore.train import ranks
 from katcore.train.batch import TreeBatch
 from katcore.train.distill import Distillation, Teachers
@@ -31,6 +31,9 @@ RL = RlSettings(
     mcla={"passes": 2, "place": "trainer"},
 )  # fmt: skip
 """Everything that goes through a model: its own log-probabilities, a reference's, and several passes."""
+
+ADAMW = OptimizerSettings(betas=(0.8, 0.9), weight_decay=0.1, max_norm=0.1)
+"""Not the defaults, and a norm that clips."""
 
 
 def samples() -> list[Sample]:
@@ -108,7 +111,7 @@ def work(rank: int, world: int, out: Path, settings: dict[str, Any], until: int)
     if adapters:
         add_adapters(model, LoraSettings(rank=adapters), seed=1)
     model.to(dtype)
-    trainer = Trainer(model, Schedule(1e-2, 9), max_tokens=12, scale=scale)
+    trainer = Trainer(model, Schedule(1e-2, 9), max_tokens=12, scale=scale, optimizer=ADAMW)
     passes = [0]
     model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     step = stepper(trainer, objective, scale)

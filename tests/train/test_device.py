@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from katcore.errors import ConfigError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine
+from katcore.settings import OptimizerSettings
 from katcore.train import ranks
 from katcore.train.balance import masses
 from katcore.train.batch import collate
@@ -79,7 +80,7 @@ def test_scattered_weights_compute_elsewhere_and_step_in_main_memory(
         with torch.device(ELSEWHERE):
             model: Any = AutoModelForCausalLM.from_config(CONFIGS["llama"])
         layers = Scattered(model, torch.device(ELSEWHERE), on_cpu=offload == "all")
-        stepper = Layerwise(model, layers, 0.0, offload)
+        stepper = Layerwise(model, layers, OptimizerSettings(), offload)
         said = hidden(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
         assert said.last_hidden_state.device.type == ELSEWHERE
         said.last_hidden_state.sum().backward()
