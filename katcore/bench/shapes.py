@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 
-from katcore.schema.sample import Sample
+from katcore.schema.sample import Sample, leaf_counts
 
 Shape = Callable[[int, float], list[int]]
 """From how many tokens a tree has, and its POR: the parents of its tokens."""
@@ -58,17 +58,12 @@ def tree(parents: list[int], vocabulary: int, seed: int) -> Sample:
     """A sample with those parents and drawn ids, every other run of 16 tokens trained."""
     choose = random.Random(seed)
     num = len(parents)
-    below = set(parents)
-    branches = [int(token not in below) for token in range(num)]
-    for token in range(num - 1, -1, -1):
-        if parents[token] >= 0:
-            branches[parents[token]] += branches[token]
     return Sample(
         tuple(choose.randrange(vocabulary) for _ in range(num)),
         tuple(parents),
         tuple(parents[token] >= 0 and token % 32 >= 16 for token in range(num)),
         (0.0,) * num,
-        tuple(branches),
+        tuple(leaf_counts(parents)),
         f"tree-{seed}",
         "",
         "",
