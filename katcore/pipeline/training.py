@@ -17,6 +17,7 @@ from katcore.config import (
     Settings,
     SftSettings,
     check_staleness,
+    check_weighting,
     load_yaml,
 )
 from katcore.errors import ConfigError
@@ -30,7 +31,8 @@ class TrainingConfig(Settings):
     `model` is a model folder, the folder of an earlier training, or a registered model:
     `models:/NAME/VERSION` or `models:/NAME@ALIAS`. `context` bounds a sample, and a conversation.
     `micro_batch_tokens` bounds the padded tokens of one pass: memory, never results.
-    `scale` and `lora` are those of a preset; without `lora` all weights are trained.
+    `tree`, `weighting`, `balance`, `scale` and `lora` are those of a preset; without `lora` all weights are
+    trained.
     """
 
     model: str
@@ -39,6 +41,9 @@ class TrainingConfig(Settings):
     context: int = Field(default=4096, ge=2)
     micro_batch_tokens: int = Field(default=8192, ge=1)
     threads: int = Field(default=2, ge=1)
+    tree: Literal["auto", "required"] = "auto"
+    weighting: Literal["path", "once"] = "path"
+    balance: float = Field(default=0.0, ge=0)
     scale: ScaleSettings = ScaleSettings()
     lora: LoraSettings | None = None
 
@@ -91,6 +96,7 @@ class RlConfig(RolloutConfig, TasksConfig):
                 "rl.tasks: only a run's stages know which are unseen; name a folder of such tasks"
             )
         check_staleness(self.rl, self.serve)
+        check_weighting(self.rl, self.weighting)
         return self
 
 
@@ -171,6 +177,9 @@ def preset_of(name: str, config: TrainingConfig) -> Preset:
     given: dict[str, Any] = {
         "model": ModelSettings(context=config.context),
         "micro_batch_tokens": config.micro_batch_tokens,
+        "tree": config.tree,
+        "weighting": config.weighting,
+        "balance": config.balance,
         "scale": config.scale,
         "lora": config.lora,
     }
