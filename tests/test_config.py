@@ -66,7 +66,9 @@ def test_what_would_mean_nothing_is_refused(tmp_path: Path, text: str, message: 
         load_preset(str(preset(tmp_path, f"{{swe: {{rl: {text}}}}}")))
 
 
-@pytest.mark.parametrize("where", ["rl: {level: sequence}", "experts: {swe: {rl: {level: sequence}}}"])
+@pytest.mark.parametrize(
+    "where", ["rl: {level: sequence}", "experts: {swe: {rl: {level: sequence}}}"]
+)
 def test_whole_branches_cannot_count_once(tmp_path: Path, where: str) -> None:
     path = tmp_path / "p.yaml"
     path.write_text(f"summary: x\nweighting: once\n{where}\n")

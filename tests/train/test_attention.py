@@ -164,23 +164,36 @@ def test_cut_pieces_give_the_dense_result(tree: Sample, block: int, border: int)
 
 
 @pytest.mark.parametrize("num_past", [0, 3])
-def test_flex_attention_gives_the_dense_result(num_past: int) -> None:
-    """As it runs without a GPU: uncompiled, and not backwards. More than one block of 128."""
+def test_flex_attention_gives_the_dense_result(
+    num_past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it runs without a GPU: uncompiled. More than one block of 128.
+
+    Backwards, too: torch refuses that without a GPU, for what it would compile; uncompiled it has it.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     past = list(range(-1, num_past - 1))
     chain = [num_past + at for at in range(-1, 89)]
     own = [*chain, num_past + 40, *range(num_past + 90, num_past + 139), num_past + 10]
     parents = [*past, *own]
     torch.manual_seed(0)
-    query = torch.randn(1, 4, len(own), 8, dtype=torch.float64)
+    query, grad = torch.randn(2, 1, 4, len(own), 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (query, key.clone(), value.clone())]
     above: Any = SimpleNamespace(lengths=[num_past])
     mask = attention.TreeMask(parents, above).blocks(torch.device("cpu"))
-    found = flex.attend(query, key, value, mask, 0.3)
+    found = flex.attend(*inputs, mask, 0.3)
     seen = ancestors(parents)[num_past:]
     dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True
+        *inputs, attn_mask=seen, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(dense, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_the_largest_subtree_comes_first() -> None:
