@@ -152,6 +152,15 @@ def check_finished(serve: ServeSettings, lora: LoraSettings | None) -> None:
         )
 
 
+def check_weighting(rl: RlSettings, weighting: str) -> None:
+    """Raise ValueError if tokens that branches share are to count once, and whole branches are the units."""
+    if weighting == "once" and rl.level == "sequence":
+        raise ValueError(
+            "rl.level: sequence has whole branches as its units, and these share tokens, which then cannot"
+            " count once: set weighting: path, or another level"
+        )
+
+
 class DistillSettings(Settings):
     """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 
@@ -246,6 +255,8 @@ class Preset(Settings):
     `micro_batch_tokens` bounds the padded tokens of one forward and backward pass: memory, never results. A
     larger tree is computed in parts, of which those on one path are held at once.
     `tree`: a model whose layers cannot be given token trees is trained on their branches, or is an error.
+    `weighting`: a token that several branches of a tree share counts once for each of them, so that a tree is
+    the mean of its branches (`path`), or as any other token does (`once`).
     `balance` weighs the load-balancing loss of a mixture of experts; its statistics are over a micro-batch.
     It is for routers that are trained, so not with `lora`.
     Without `lora` (`{}` for its defaults) all weights are trained. None of `lora`, `scale` and `optimizer` is
@@ -270,6 +281,7 @@ class Preset(Settings):
     concurrency: int = 48
     micro_batch_tokens: int = 8192
     tree: Literal["auto", "required"] = "auto"
+    weighting: Literal["path", "once"] = "path"
     balance: float = Field(default=0.0, ge=0)
     scale: ScaleSettings = ScaleSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -290,7 +302,9 @@ class Preset(Settings):
                     f" only {' and '.join(_SHARES)} can"
                 )
             check_staleness(self.for_expert(name).rl, self.serve)
+            check_weighting(self.for_expert(name).rl, self.weighting)
         check_staleness(self.rl, self.serve)
+        check_weighting(self.rl, self.weighting)
         check_balance(self.balance, self.lora)
         return self
 

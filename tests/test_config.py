@@ -77,6 +77,16 @@ def test_what_would_mean_nothing_is_refused(tmp_path: Path, text: str, message: 
 
 
 @pytest.mark.parametrize(
+    "where", ["rl: {level: sequence}", "experts: {swe: {rl: {level: sequence}}}"]
+)
+def test_whole_branches_cannot_count_once(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"summary: x\nweighting: once\n{where}\n")
+    with pytest.raises(ConfigError, match="set weighting: path, or another level"):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "{correction: icepop}",

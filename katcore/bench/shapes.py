@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 
-from katcore.schema.sample import Sample
+from katcore.schema.sample import Sample, leaf_counts
 
 Shape = Callable[[int, float], list[int]]
 """From how many tokens a tree has, and its POR: the parents of its tokens."""
@@ -62,17 +62,12 @@ def tree(
         trained = [above >= 0 and token % 32 >= 16 for token, above in enumerate(parents)]
     choose = random.Random(seed)
     num = len(parents)
-    below = set(parents)
-    branches = [int(token not in below) for token in range(num)]
-    for token in range(num - 1, -1, -1):
-        if parents[token] >= 0:
-            branches[parents[token]] += branches[token]
     return Sample(
         tuple(choose.randrange(vocabulary) for _ in range(num)),
         tuple(parents),
         tuple(trained),
         (0.0,) * num,
-        tuple(branches),
+        tuple(leaf_counts(parents)),
         f"tree-{seed}",
         "",
         "",

@@ -10,7 +10,9 @@ from katcore.cli.common import err, errors_said, own_output, say
 from katcore.config import is_first_process
 from katcore.plugin import Plugins
 
-_SHOWN = ("loss", "reward", "kl", "clip_rate", "entropy", "tokens_per_s", "infra_failed_rate")
+_SHOWN = (
+    "loss", "reward", "kl", "kl_old", "clip_rate", "entropy", "tokens_per_s", "infra_failed_rate",
+)  # fmt: skip
 EXAMPLES = {
     "sft": (
         "model: base                          # or models:/NAME@ALIAS",

@@ -45,7 +45,7 @@ def curve(title: str, points: Iterable[Point], *, low: float | None = None) -> s
 
     base = _HEIGHT - _BOTTOM
     return (
-        f"<figure><figcaption>{escape(title)} <b>{smooth[-1][1]:.3f}</b></figcaption>"
+        f"<figure><figcaption>{escape(title)} <b>{_number(smooth[-1][1])}</b></figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'<path class="axis" d="M{_LEFT} {_TOP}V{base}H{_WIDTH - _RIGHT}"/>'
         f'<text x="{_LEFT - 5}" y="{_TOP + 8}" text-anchor="end">{top:.3g}</text>'
@@ -64,6 +64,10 @@ def interval(value: float, low: float, high: float) -> str:
         '<svg class="interval" viewBox="0 0 120 12" aria-hidden="true"><path class="axis" d="M4 6H116"/>'
         f'<path class="range" d="M{left:.1f} 6H{right:.1f}"/><circle cx="{x:.1f}" cy="6" r="3.5"/></svg>'
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _moving_mean(points: Sequence[Point]) -> list[Point]:

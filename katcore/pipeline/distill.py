@@ -249,11 +249,14 @@ class _Loop:
         return metrics | updates[0] | clipped | skipped
 
     def _objective(self, samples: Sequence[Sample], shape: Divergence) -> Distillation:
+        scale = None
+        if self._settings.mean == "domain":
+            scale = domain_scale(samples, self._job.preset.weighting)
         return Distillation(
             self._teachers,
             shape,
             advantages=self._advantages(samples) if self._settings.rewards else None,
-            scale=domain_scale(samples) if self._settings.mean == "domain" else None,
+            scale=scale,
             calls={sample.rollout_id: _in_calls(sample, self._chat) for sample in samples},
         )
 

@@ -18,7 +18,10 @@ from katcore.pipeline.gate import COLUMNS, number
 from katcore.pipeline.plan import UNIFIED
 from katcore.pipeline.progress import CURVE
 
-_CURVES = ("loss", "reward", "kl")
+_CURVES = (
+    "loss", "reward", "kl", "kl_old", "clip_rate", "entropy", "tokens_per_s", "infra_failed_rate",
+)  # fmt: skip
+_FROM_ZERO = ("reward", "clip_rate", "tokens_per_s", "infra_failed_rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +135,21 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _curves(stages: Iterable[_Stage]) -> str:
-    pictures: list[str] = []
+    sections: list[str] = []
     for stage in stages:
-        for name, points in _series(stage.folder / CURVE).items():
-            kind = name.partition("/")[0]
-            if kind in _CURVES and not (kind == "loss" and stage.manifest["spec"]["stage"] == "rl"):
-                low = 0.0 if kind == "reward" else None
-                pictures.append(curve(f"{stage.id}: {name}", points.items(), low=low))
-    drawn = "".join(pictures)
-    return f'<div class="charts">{drawn}</div>' if drawn else "<p>No stage has left a curve.</p>"
+        series = _series(stage.folder / CURVE)
+        hidden = {"kl_old"} if "kl" in series else set()
+        if stage.manifest["spec"]["stage"] == "rl":
+            hidden.add("loss")  # of a surrogate it says nothing
+        drawn = "".join(
+            curve(name, points.items(), low=0.0 if kind in _FROM_ZERO else None)
+            for kind in _CURVES
+            for name, points in series.items()
+            if name.partition("/")[0] == kind and kind not in hidden
+        )
+        if drawn:
+            sections.append(f'<h3>{escape(stage.id)}</h3><div class="charts">{drawn}</div>')
+    return "".join(sections) or "<p>No stage has left a curve.</p>"
 
 
 def _series(path: Path) -> dict[str, dict[float, float]]:

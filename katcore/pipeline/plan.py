@@ -25,7 +25,7 @@ MODES = ("greedy", "sampled")
 _ROLLOUT = (
     "rollout", "proxy", "trajectory", "sandbox", "schema", "inference", "pipeline.rollouts",
 )  # fmt: skip
-_TRAINED = ("balance", "lora", "optimizer", "precision")
+_TRAINED = ("balance", "lora", "optimizer", "precision", "weighting")
 """What of a preset matters to whatever is trained."""
 _CODE: Mapping[str, tuple[str, ...]] = {
     "base": ("train", "inference"),

@@ -12,6 +12,7 @@ from katcore.errors import ConfigError
 from katcore.protocols import SupportsScore
 from katcore.schema.call import Sampling, ScoreRequest
 from katcore.schema.sample import Sample
+from katcore.train.forest import branches
 from katcore.train.mcla import Passes
 from katcore.train.trainer import Trainer
 
@@ -25,13 +26,8 @@ def requests_of(sample: Sample, sampling: Sampling) -> list[tuple[ScoreRequest, 
     for at, is_trained in enumerate(sample.trained):
         if is_trained:
             numbers[at] = len(numbers)
-    leaves = sorted(set(range(len(sample.parents))) - set(sample.parents))
     asked: list[tuple[ScoreRequest, list[int]]] = []
-    for leaf in leaves:
-        path = [leaf]
-        while sample.parents[path[-1]] >= 0:
-            path.append(sample.parents[path[-1]])
-        path.reverse()
+    for path in branches(sample.parents):
         places = [place for place, at in enumerate(path) if at in numbers]
         if places:
             ids = tuple(sample.tokens[at] for at in path[: places[-1] + 1])

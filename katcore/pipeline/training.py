@@ -17,7 +17,9 @@ from katcore.config import (
     ScaleSettings,
     Settings,
     SftSettings,
+    check_balance,
     check_staleness,
+    check_weighting,
     load_yaml,
 )
 from katcore.errors import ConfigError
@@ -31,7 +33,8 @@ class TrainingConfig(Settings):
     `model` is a model folder, the folder of an earlier training, or a registered model:
     `models:/NAME/VERSION` or `models:/NAME@ALIAS`. `context` bounds a sample, and a conversation.
     `micro_batch_tokens` bounds the padded tokens of one pass: memory, never results.
-    `scale`, `optimizer` and `lora` are those of a preset; without `lora` all weights are trained.
+    `tree`, `weighting`, `balance`, `scale`, `optimizer` and `lora` are those of a preset; without `lora` all
+    weights are trained.
     """
 
     model: str
@@ -40,9 +43,17 @@ class TrainingConfig(Settings):
     context: int = Field(default=4096, ge=2)
     micro_batch_tokens: int = Field(default=8192, ge=1)
     threads: int = Field(default=2, ge=1)
+    tree: Literal["auto", "required"] = "auto"
+    weighting: Literal["path", "once"] = "path"
+    balance: float = Field(default=0.0, ge=0)
     scale: ScaleSettings = ScaleSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> "TrainingConfig":
+        check_balance(self.balance, self.lora)
+        return self
 
 
 class SftConfig(TrainingConfig):
@@ -93,6 +104,7 @@ class RlConfig(RolloutConfig, TasksConfig):
                 "rl.tasks: only a run's stages know which are unseen; name a folder of such tasks"
             )
         check_staleness(self.rl, self.serve)
+        check_weighting(self.rl, self.weighting)
         return self
 
 
@@ -173,6 +185,9 @@ def preset_of(name: str, config: TrainingConfig) -> Preset:
     given: dict[str, Any] = {
         "model": ModelSettings(context=config.context),
         "micro_batch_tokens": config.micro_batch_tokens,
+        "tree": config.tree,
+        "weighting": config.weighting,
+        "balance": config.balance,
         "scale": config.scale,
         "optimizer": config.optimizer,
         "lora": config.lora,

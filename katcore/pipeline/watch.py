@@ -17,7 +17,7 @@ from katcore.pipeline.plan import Plan
 from katcore.pipeline.stage import finished, stage_path
 
 _PLAIN_EVERY_S = 15.0
-_SHOWN = ("reward", "pass_rate", "loss", "kl")
+_SHOWN = ("reward", "pass_rate", "loss", "kl", "kl_old")
 
 
 class Watch:

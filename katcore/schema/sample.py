@@ -1,5 +1,6 @@
 """One row of training data: a token tree."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from katcore.schema.call import Origin
@@ -32,3 +33,13 @@ class Sample:
     failed: tuple[int, ...] = ()
     scaffold: str = ""
     versions: tuple[str, ...] = ()
+
+
+def leaf_counts(parents: Sequence[int]) -> list[int]:
+    """How many leaves are at or below each token: `Sample.branches`. Parents come before their children."""
+    counts = [0] * len(parents)
+    for at in reversed(range(len(parents))):
+        counts[at] = counts[at] or 1
+        if parents[at] >= 0:
+            counts[parents[at]] += counts[at]
+    return counts

@@ -29,6 +29,7 @@ from katcore.train import ranks
 from katcore.train.advantage import Advantages
 from katcore.train.batch import TreeBatch, Weighting
 from katcore.train.objective import (
+    FAR,
     Loss,
     Metrics,
     Terms,
@@ -209,7 +210,7 @@ class Distillation(TokenMean):
         reinforced = [self._advantage(samples[row], turn) for row, turn in pairs]
         gain_N = torch.tensor(reinforced, dtype=torch.float64)
         gain_N = gain_N + shape.strength * apart_N.clamp(-shape.most, shape.most)
-        ratio_N = (logprob_N - batch.old_N).exp()
+        ratio_N = (logprob_N - batch.old_N).clamp(max=FAR).exp()
         low, high = 1 - shape.clip_low, 1 + shape.clip_high
         held_N = ((ratio_N > high) & (gain_N > 0)) | ((ratio_N < low) & (gain_N < 0))
         self._note("clip_rate", held_N, batch.weights_N)

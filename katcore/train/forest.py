@@ -40,6 +40,22 @@ def subtree_sizes(parents: Sequence[int]) -> list[int]:
     return sizes
 
 
+def leaves(parents: Sequence[int]) -> list[int]:
+    """The tokens that nothing hangs off, in order."""
+    return sorted(set(range(len(parents))) - set(parents))
+
+
+def branches(parents: Sequence[int]) -> list[list[int]]:
+    """The tokens of each path from a root to a leaf, in order of the leaves."""
+    found = []
+    for leaf in leaves(parents):
+        path = [leaf]
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        found.append(path[::-1])
+    return found
+
+
 def heavy_first(parents: Sequence[int]) -> list[int]:
     """The tokens depth first, the largest subtree first."""
     sizes = subtree_sizes(parents)

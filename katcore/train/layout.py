@@ -16,7 +16,7 @@ from torch import Tensor
 
 from katcore.schema.sample import Sample
 from katcore.train.attention import TreeMask
-from katcore.train.forest import depths, heavy_first, is_line, renumbered
+from katcore.train.forest import branches, depths, heavy_first, is_line, renumbered
 
 Mask = Tensor | TreeMask | None
 """What each token sees: where mask_BTT[b, q, k] is True, or its path, or all before it in its row."""
@@ -90,19 +90,6 @@ def unrolled(samples: Sequence[Sample]) -> Rows:
     places = [[row * length + at for _, (row, at) in sorted(seen.items())] for seen in first]
     ids_BT = _filled(rows, length)
     return Rows(ids_BT, torch.arange(length).expand_as(ids_BT), None, places)
-
-
-def branches(parents: Sequence[int]) -> list[list[int]]:
-    """The tokens of each path from a root to a leaf, in order of the leaves."""
-    inner = set(parents)
-    found = []
-    for leaf in range(len(parents)):
-        if leaf not in inner:
-            path = [leaf]
-            while parents[path[-1]] >= 0:
-                path.append(parents[path[-1]])
-            found.append(path[::-1])
-    return found
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:

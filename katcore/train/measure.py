@@ -15,8 +15,8 @@ from torch import Tensor
 from katcore.config import ModelSettings
 from katcore.schema.sample import Sample
 from katcore.train.engine import Engine
-from katcore.train.forest import depths
-from katcore.train.layout import Layout, branches, packed, padded
+from katcore.train.forest import branches, depths
+from katcore.train.layout import Layout, packed, padded
 from katcore.train.objective import Sft, sample_weight
 from katcore.train.policy import limit_threads, new_policy
 

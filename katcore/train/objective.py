@@ -24,6 +24,8 @@ from katcore.train.batch import TreeBatch, Weighting, token_weights
 
 Metrics = dict[str, float]
 
+FAR = 20.0
+"""Log-ratios above it count as it: a ratio beyond 5e8 has no gradient, and nothing overflows."""
 
 Terms = dict[str, Tensor]
 """By name, numbers of M trained tokens, (M,), with their gradient or without."""

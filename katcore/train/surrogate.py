@@ -11,6 +11,7 @@ sum of its branches, written-out loops, TRL's own GRPO and GSPO losses, finite d
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -23,6 +24,7 @@ from katcore.schema.sample import Sample
 from katcore.train import head, ranks
 from katcore.train.batch import TreeBatch, Weighting
 from katcore.train.objective import (
+    FAR,
     Loss,
     Metrics,
     Objective,
@@ -99,8 +101,7 @@ class PolicyGradient(Objective):
         self._apart = apart
         self._reference = reference
         self._made: dict[tuple[str, Weighting], Units] = {}
-        self._num_clipped, self._num_units, self._num_dropped, self._num_tokens = 0, 0, 0, 0
-        self._kl = 0.0
+        self._sums: defaultdict[str, float] = defaultdict(float)
 
     def on(self, batch: TreeBatch, samples: Sequence[Sample]) -> Loss:
         """-sum over units of plus min(r, 1 + high) + minus max(r, 1 - low), and the terms per token."""
@@ -135,38 +136,34 @@ class PolicyGradient(Objective):
         gain_U = joined.plus_U * ratio_U.clamp(max=1 + shape.clip_high)
         gain_U = gain_U + joined.minus_U * ratio_U.clamp(min=1 - shape.clip_low)
         self._count(joined, ratio_U.detach(), keep_N)
-        moved_N = (logprob_N - old_N).detach()
-        self._kl += float((moved_N.exp() - moved_N - 1).sum())
+        self._sums["kl_old"] += float(_k3((logprob_N - old_N).detach()).sum())
         loss = -(weight_U * gain_U).sum()
         if shape.kl or shape.entropy or shape.imitation:
-            loss = loss + self._per_token(terms, batch, samples, trees)
+            each_N = _float64(value for tree in trees for value in tree.each)
+            loss = loss + (each_N * self._costs(terms, batch, samples)).sum()
         return loss
 
     def rates(self) -> Metrics:
         """The share of units that the clip held back since the last time, and of tokens left out.
 
-        `kl_old` is the mean over tokens of the k3 estimate of KL(old policy || policy).
+        `kl_old` is the mean over tokens of the k3 estimate of KL(old policy || policy); `kl`, where there is
+        a term for it, that of KL(policy || reference).
         """
-        sums = ranks.totals(
-            {
-                "clipped": self._num_clipped,
-                "units": self._num_units,
-                "dropped": self._num_dropped,
-                "tokens": self._num_tokens,
-                "kl": self._kl,
-            }
-        )
+        sums = defaultdict(float, ranks.totals(self._sums))
+        num_tokens = max(1, sums["tokens"])
         found = {
             "clip_rate": sums["clipped"] / max(1, sums["units"]),
-            "dropped_rate": sums["dropped"] / max(1, sums["tokens"]),
-            "kl_old": sums["kl"] / max(1, sums["tokens"]),
+            "dropped_rate": sums["dropped"] / num_tokens,
+            "kl_old": sums["kl_old"] / num_tokens,
         }
-        self._kl = 0.0
-        self._num_clipped = self._num_units = self._num_dropped = self._num_tokens = 0
+        if self._shape.kl:
+            found["kl"] = sums["kl"] / num_tokens
+        self._sums.clear()
         return found
 
     def outside(self, draws: Sequence[PerToken], samples: Sequence[Sample]) -> float:
         """The share of units that log-ratios put outside of the clip range, the mean over several draws."""
+        # What units there are does not depend on how they are weighed.
         trees = [self._units(sample, "path") for sample in samples]
         joined = _Joined(trees, is_mean=self._shape.level != "turn")
         low, high = 1 - self._shape.clip_low, 1 + self._shape.clip_high
@@ -201,35 +198,27 @@ class PolicyGradient(Objective):
             return has_tokens_U.double(), keep_N
         return has_tokens_U * joined.ratios(apart_N, keep_N).clamp(max=correction.high), keep_N
 
-    def _per_token(
-        self,
-        terms: Terms,
-        batch: TreeBatch,
-        samples: Sequence[Sample],
-        trees: Sequence[Units],
-    ) -> Tensor:
-        """The cost of leaving the reference, less the bonus for entropy; a tree counts as its units do."""
-        sums = torch.zeros(len(samples), dtype=torch.float64)
-        sums = sums.index_add(0, batch.rows_N, batch.weights_N)
-        scale = _float64(tree.weight for tree in trees) / sums.clamp(min=1e-30)
+    def _costs(self, terms: Terms, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
+        """Of each token, what it costs to leave the reference, less what entropy and imitation earn, (N,)."""
         logprob_N = terms["logprob"]
         cost_N = torch.zeros_like(logprob_N)
         if self._reference is not None and self._shape.kl:
-            apart_N = self._reference(batch, samples) - logprob_N
-            cost_N = cost_N + self._shape.kl * (apart_N.exp() - apart_N - 1)
+            kl_N = _k3(self._reference(batch, samples) - logprob_N)
+            self._sums["kl"] += float(kl_N.detach().sum())
+            cost_N = cost_N + self._shape.kl * kl_N
         if self._shape.entropy:
             cost_N = cost_N - self._shape.entropy * terms["entropy"]
         if self._shape.imitation:
             cost_N = cost_N - self._shape.imitation * _is_good(batch, samples) * logprob_N
-        return (batch.weights_N * scale[batch.rows_N] * cost_N).sum()
+        return cost_N
 
     def _count(self, joined: "_Joined", ratio_U: Tensor, keep_N: Tensor) -> None:
         above = (ratio_U > 1 + self._shape.clip_high) & (joined.plus_U > 0)
         below = (ratio_U < 1 - self._shape.clip_low) & (joined.minus_U < 0)
-        self._num_clipped += int((above | below).sum())
-        self._num_units += len(ratio_U)
-        self._num_dropped += int((~keep_N).sum())
-        self._num_tokens += len(keep_N)
+        self._sums["clipped"] += int((above | below).sum())
+        self._sums["units"] += len(ratio_U)
+        self._sums["dropped"] += int((~keep_N).sum())
+        self._sums["tokens"] += len(keep_N)
 
 
 class Reference:
@@ -257,7 +246,7 @@ class _Joined:
         for tree in trees:
             tokens += [num_tokens + token for token in tree.tokens]
             of += [num_units + unit for unit in tree.of]
-            num_tokens += len(set(tree.tokens))
+            num_tokens += len(tree.each)
             num_units += len(tree.plus)
         self._token_P, self._unit_P = torch.tensor(tokens), torch.tensor(of)
         self._is_mean = is_mean
@@ -266,15 +255,20 @@ class _Joined:
 
     def ratios(self, apart_N: Tensor, keep_N: Tensor) -> Tensor:
         """The ratio of each unit: of the sum, or mean, of log-ratios over its tokens that stay, (U,)."""
-        sum_U = self.sums(apart_N.double() * keep_N)
+        sum_U = self.sums(apart_N.double().where(keep_N, 0.0))
         if self._is_mean:
             sum_U = sum_U / self.sums(keep_N).clamp(min=1)
-        return sum_U.exp()
+        return sum_U.clamp(max=FAR).exp()
 
     def sums(self, values_N: Tensor) -> Tensor:
         """The sum over the tokens of each unit, (U,)."""
         zero_U = torch.zeros_like(self.plus_U)
         return zero_U.index_add(0, self._unit_P, values_N.double()[self._token_P])
+
+
+def _k3(apart_N: Tensor) -> Tensor:
+    """The estimate of a KL from a log-ratio of the tokens that one of the two drew, (N,)."""
+    return apart_N.clamp(max=FAR).exp() - apart_N - 1
 
 
 def _is_good(batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:

@@ -57,6 +57,7 @@ def engine_options(preset: Preset) -> dict[str, Any]:
     return {
         "max_tokens": preset.micro_batch_tokens,
         "trees": preset.tree,
+        "weighting": preset.weighting,
         "balance": preset.balance,
         "scale": preset.scale,
         "optimizer": preset.optimizer,

@@ -8,13 +8,15 @@ u_b min(A_b, 0). (One summed advantage would be wrong where branches disagree in
 Proven against separate branches in tests/train/test_surrogate.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 from katcore.schema.sample import Sample
 from katcore.train.batch import Weighting, turns
+from katcore.train.forest import branches, leaves
 
 Level = Literal["token", "turn", "turn-geometric", "sequence"]
 Mean = Literal["rollout", "unit"]
@@ -24,15 +26,18 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """U units of a tree. `tokens` and `of` pair its trained tokens with units, both numbered from 0.
+    """U units of a tree. `tokens` and `of` pair its N trained tokens with units, both numbered from 0.
 
-    `weight` is what a mean over several trees divides by.
+    `each` is what a cost of each token counts, (N,): in a branch, that of a token is its mean over the tokens
+    of the branch's units, times what these count together. `weight` is what a mean over several trees
+    divides by.
     """
 
     tokens: list[int]
     of: list[int]
     plus: list[float]
     minus: list[float]
+    each: list[float]
     weight: float
 
 
@@ -47,25 +52,26 @@ def units(
     """The units of a tree with advantages `rows`.
 
     With mean `rollout` a branch counts 1 / K, however many units it has; with `unit` each of its units does.
-    With weighting `once` a unit counts once, with the mean of what its branches say.
+    With weighting `once` a unit counts once, with the mean of what its branches say. A turn is a unit of the
+    branches that hold all of it: where one forks off in the middle of an answer, its beginning is context.
 
     Raises:
         ValueError: neither one row nor one for each branch; or whole branches, to be counted once.
     """
-    leaves = sorted(set(range(len(sample.parents))) - set(sample.parents))
-    if len(rows) not in (1, len(leaves)):
+    ends = leaves(sample.parents)
+    if len(rows) not in (1, len(ends)):
         raise ValueError(
-            f"{sample.rollout_id}: {len(rows)} rows of advantages for {len(leaves)} branches"
+            f"{sample.rollout_id}: {len(rows)} rows of advantages for {len(ends)} branches"
         )
     if level != "sequence":
-        return _nested(sample, leaves, rows, level, mean, weighting)
+        return _nested(sample, ends, rows, level, mean, weighting)
     if weighting == "once":
         raise ValueError("whole branches share tokens; they cannot be counted once")
-    return _branches(sample, leaves, rows)
+    return _whole(sample, rows)
 
 
 def _nested(
-    sample: Sample, leaves: list[int], rows: Rows, level: Level, mean: Mean, weighting: Weighting
+    sample: Sample, ends: list[int], rows: Rows, level: Level, mean: Mean, weighting: Weighting
 ) -> Units:
     """Tokens or turns. A unit belongs to the branches that hold all of it: those through its last token."""
     trained = _trained(sample)
@@ -73,45 +79,47 @@ def _nested(
     of = list(range(len(trained))) if level == "token" else turn_of
     last = list(dict(zip(of, trained, strict=True)).values())
     turn = list(dict(zip(of, turn_of, strict=True)).values())
-    in_branch = _in_branches(sample.parents, leaves, last, mean)
-    share = _sums(sample.parents, dict(zip(leaves, in_branch, strict=True)), last)
+    own, own_of_token = _in_branches(sample.parents, ends, last, Counter(of), mean)
+    share = _sums(sample.parents, own, last)
+    each = _sums(sample.parents, own_of_token, last)
     if weighting == "once":
         share = [1.0 / len(last) if mean == "rollout" else 1.0] * len(last)
-    weight = 1.0 if mean == "rollout" else sum(share)
+        each = [sum(share) / len(trained)] * len(last)
+
+    def part(unit: int, leaf: int) -> float:
+        return own[leaf] if weighting == "path" else share[unit] / sample.branches[last[unit]]
+
     if len(rows) == 1:
-        said = [part * rows[0][number] for part, number in zip(share, turn, strict=True)]
-        return Units(
-            list(range(len(trained))),
-            of,
-            [max(value, 0.0) for value in said],
-            [min(value, 0.0) for value in said],
-            weight,
-        )
-    plus, minus = [0.0] * len(last), [0.0] * len(last)
-    unit_at = {at: unit for unit, at in enumerate(last)}
-    for leaf, row, own in zip(leaves, rows, in_branch, strict=True):
-        for at in _path(sample.parents, leaf):
-            if (unit := unit_at.get(at)) is not None:
-                part = own if weighting == "path" else share[unit] / sample.branches[at]
-                plus[unit] += max(part * row[turn[unit]], 0.0)
-                minus[unit] += min(part * row[turn[unit]], 0.0)
-    return Units(list(range(len(trained))), of, plus, minus, weight)
+        said = [share_of * rows[0][number] for share_of, number in zip(share, turn, strict=True)]
+        plus, minus = [max(value, 0.0) for value in said], [min(value, 0.0) for value in said]
+    else:
+        plus, minus = [0.0] * len(last), [0.0] * len(last)
+        unit_at = {at: unit for unit, at in enumerate(last)}
+        for row, path in zip(rows, branches(sample.parents), strict=True):
+            for unit in (unit_at[at] for at in path if at in unit_at):
+                value = part(unit, path[-1]) * row[turn[unit]]
+                plus[unit] += max(value, 0.0)
+                minus[unit] += min(value, 0.0)
+    weight = 1.0 if mean == "rollout" else sum(share)
+    return Units(list(range(len(trained))), of, plus, minus, [each[unit] for unit in of], weight)
 
 
-def _branches(sample: Sample, leaves: list[int], rows: Rows) -> Units:
+def _whole(sample: Sample, rows: Rows) -> Units:
     """Branches with a trained token. The advantage of one is the mean over its turns."""
     numbers = {at: number for number, at in enumerate(_trained(sample))}
     turn_of = turns(sample)
-    made = Units([], [], [], [], 1.0)
-    for branch, leaf in enumerate(leaves):
-        tokens = [numbers[at] for at in _path(sample.parents, leaf) if at in numbers]
-        if tokens:
+    made = Units([], [], [], [], [0.0] * len(numbers), 1.0)
+    paths = branches(sample.parents)
+    for branch, path in enumerate(paths):
+        if tokens := [numbers[at] for at in path if at in numbers]:
             row = rows[branch % len(rows)]
-            value = fmean(row[turn] for turn in {turn_of[token] for token in tokens}) / len(leaves)
+            value = fmean(row[turn] for turn in {turn_of[token] for token in tokens}) / len(paths)
             made.tokens.extend(tokens)
             made.of.extend([len(made.plus)] * len(tokens))
             made.plus.append(max(value, 0.0))
             made.minus.append(min(value, 0.0))
+            for token in tokens:
+                made.each[token] += 1 / len(paths) / len(tokens)
     return made
 
 
@@ -119,28 +127,34 @@ def _trained(sample: Sample) -> list[int]:
     return [at for at, is_trained in enumerate(sample.trained) if is_trained]
 
 
-def _path(parents: Sequence[int], leaf: int) -> Iterator[int]:
-    at = leaf
-    while at >= 0:
-        yield at
-        at = parents[at]
-
-
 def _in_branches(
-    parents: Sequence[int], leaves: Sequence[int], last: Sequence[int], mean: Mean
-) -> list[float]:
-    """What a unit counts in each branch: 1 / K, with mean `rollout` shared by the branch's units."""
-    above = [0] * len(parents)
-    for at in last:
-        above[at] = 1
+    parents: Sequence[int],
+    ends: Sequence[int],
+    last: Sequence[int],
+    sizes: Counter[int],
+    mean: Mean,
+) -> tuple[dict[int, float], dict[int, float]]:
+    """What a unit counts in the branch of each leaf, and what a token of one does."""
+    num_units = _above(parents, dict.fromkeys(last, 1))
+    num_tokens = _above(parents, {at: sizes[unit] for unit, at in enumerate(last)})
+    own = {
+        leaf: 1 / len(ends) / (max(1, num_units[leaf]) if mean == "rollout" else 1) for leaf in ends
+    }
+    of_token = {leaf: own[leaf] * num_units[leaf] / max(1, num_tokens[leaf]) for leaf in ends}
+    return own, of_token
+
+
+def _above(parents: Sequence[int], counts: dict[int, int]) -> list[int]:
+    """The sum over each token and those above it."""
+    above = [counts.get(at, 0) for at in range(len(parents))]
     for at, parent in enumerate(parents):
         above[at] += above[parent] if parent >= 0 else 0
-    return [1 / len(leaves) / (max(1, above[leaf]) if mean == "rollout" else 1) for leaf in leaves]
+    return above
 
 
-def _sums(parents: Sequence[int], leaves: dict[int, float], ends: Sequence[int]) -> list[float]:
+def _sums(parents: Sequence[int], at_leaves: dict[int, float], ends: Sequence[int]) -> list[float]:
     """At each of `ends`, the sum over the leaves below."""
-    below = [leaves.get(at, 0.0) for at in range(len(parents))]
+    below = [at_leaves.get(at, 0.0) for at in range(len(parents))]
     for at in reversed(range(len(parents))):
         if parents[at] >= 0:
             below[parents[at]] += below[at]

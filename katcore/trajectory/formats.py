@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from katcore.schema.call import Origin
 from katcore.schema.rollout import Rollout, Turn, TurnRole
-from katcore.schema.sample import Sample
+from katcore.schema.sample import Sample, leaf_counts
 from katcore.trajectory.failed import has_failed
 
 TRAINED: tuple[TurnRole, ...] = ("main", "subagent", "post-compaction")
@@ -60,7 +60,7 @@ def tree_sample(
         tuple(tree.parents),
         tuple(tree.trained),
         tuple(tree.logprobs),
-        tuple(_leaves(tree.parents)),
+        tuple(leaf_counts(tree.parents)),
         rollout.id,
         rollout.task_id,
         rollout.domain,
@@ -147,16 +147,6 @@ def _has_failed(turns: Sequence[Turn], number: int, failed: tuple[str, ...]) -> 
     if after is None:
         return False
     return has_failed(after.messages, failed, has_tool_calls=bool(turns[number].tool_calls))
-
-
-def _leaves(parents: Sequence[int]) -> list[int]:
-    """How many leaves each token is above, itself if it is one."""
-    leaves = [0] * len(parents)
-    for at in reversed(range(len(parents))):
-        leaves[at] = leaves[at] or 1
-        if parents[at] >= 0:
-            leaves[parents[at]] += leaves[at]
-    return leaves
 
 
 def _versions(versions: list[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The pages of a made-up run: stage folders in, HTML out, nothing in it alive."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,29 @@ def test_the_index_names_what_happened(gate: Path, tmp_path: Path) -> None:
         assert said in text, said
     assert text.count("<figure>") == 1, "the loss; not the learning rate"
     assert "<b>2.000</b>" in text, "the last complete step, once"
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_each_stage_has_its_curves_in_one_order(
+    gate: Path, tmp_path: Path, *, has_reference: bool
+) -> None:
+    """The distance to the old policy stands in for that to a reference, if there is none."""
+    row = {"infra_failed_rate": 0.0, "entropy": 1.2, "clip_rate": 0.1, "kl_old": 0.01, "loss": -0.2}
+    row |= {"tokens_per_s": 12345.6, "reward": 0.5} | ({"kl": 0.02} if has_reference else {})
+    rl = stage(gate.parents[1], "shell.rl", "shell.sft")
+    (rl / "curve.jsonl").write_text(
+        "".join(json.dumps({"step": step, **row}) + "\n" for step in range(3))
+    )
+    manifest = json.loads((gate / "manifest.json").read_text())
+    manifest["inputs"]["shell.rl"] = KEY
+    (gate / "manifest.json").write_text(json.dumps(manifest))
+    text = write_page(gate, tmp_path, {}).read_text()
+    names = ["reward", "kl" if has_reference else "kl_old", "clip_rate", "entropy", "tokens_per_s"]
+    titles = re.findall(r"<h3>([^<]+)|<figcaption>([^ ]+) ", text)
+    assert ["".join(title) for title in titles] == [
+        *("shell.sft", "loss", "shell.rl", *names, "infra_failed_rate"),
+    ]
+    assert "tokens_per_s <b>12,346</b>" in text
 
 
 def test_all_columns_of_a_task_stand_side_by_side(gate: Path, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_a_setting_changes_its_stage_and_what_comes_after(plugins: Plugins) -> N
     balanced = changed(plugins, balance=0.01)
     assert {"terminal.sft", "terminal.rl", "unified.sft", "unified.distill"} <= balanced
     assert "terminal.collect" not in balanced
+    assert changed(plugins, weighting="once") == balanced
 
 
 def test_what_an_evaluation_samples_with_is_in_its_key(plugins: Plugins) -> None:

@@ -20,12 +20,13 @@ from katcore.errors import ConfigError, KatError
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import RolloutFile
 from katcore.pipeline.trained import _lasting, run
-from katcore.pipeline.training import CONFIGS, load_training, model_folder
+from katcore.pipeline.training import CONFIGS, load_training, model_folder, preset_of
 from katcore.plugin import Plugins
 from katcore.schema.call import Message
 from katcore.schema.codec import read_lines
 from katcore.schema.rollout import Outcome, Rollout, Trajectory, Turn, Verdict
 from katcore.train import checkpoint
+from katcore.train.trainer import engine_options
 from tests.inference.tiny import CONTEXT, write_tiny_model
 
 SHORT = {"context": CONTEXT, "threads": 1}
@@ -253,6 +254,9 @@ def test_what_takes_long_between_steps_keeps_no_agent_waiting(
         ("rl", {"verifier": "judge"}, "no verifier named 'judge'; installed: "),
         ("rl", {"rl": {"correction": "truncate"}}, "set old: trainer"),
         ("rl", {"rl": {"tasks": "unseen"}}, "name a folder of such tasks"),
+        ("rl", {"weighting": "once", "rl": {"level": "sequence"}}, "set weighting: path"),
+        ("sft", {"balance": 0.1, "lora": {}}, "set balance: 0"),
+        ("sft", {"weighting": "twice"}, "weighting: Input should be 'path' or 'once'"),
         ("rl", {"model": "models:/kat-none@candidate"}, "no model is registered"),
         ("distill", {"domains": {}}, "domains: "),
         ("distill", {"domains": {"a": {"tasks": "tasks"}}}, "domains.a.teacher: Field required"),
@@ -347,6 +351,16 @@ def test_a_registered_model_is_found_by_version_and_alias(folder: Path) -> None:
         assert model_folder(uri, folder) == folder / "base"
     with pytest.raises(ConfigError, match="of: models:/kat-x"):
         model_folder("models:/kat-y/1", folder)
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_how_trees_are_computed_is_said_as_in_a_preset(folder: Path, verb: str) -> None:
+    said = {"tree": "required", "weighting": "once", "balance": 0.25}
+    config = {"sft": SFT, "rl": RL, "distill": DISTILL}[verb] | said
+    preset = preset_of("x", load_training(written(folder, verb, config), CONFIGS[verb]))
+    assert said.items() <= preset.model_dump().items()
+    options = engine_options(preset)
+    assert (options["trees"], options["weighting"], options["balance"]) == tuple(said.values())
 
 
 @pytest.mark.parametrize("verb", EXAMPLES)

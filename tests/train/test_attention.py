@@ -15,22 +15,19 @@ from torch import Tensor
 from katcore.schema.sample import Sample
 from katcore.train import attention, flex
 from katcore.train.attention import apart, cut
-from katcore.train.batch import TreeBatch, Weighting, collate, turns
-from katcore.train.distill import Distillation
-from katcore.train.forest import heavy_first, pieces, renumbered
-from katcore.train.layout import Rows, ancestors, branches, packed, padded, unrolled
-from katcore.train.objective import Objective, Sft
+from katcore.train.batch import TreeBatch, Weighting, collate
+from katcore.train.forest import branches, heavy_first, pieces, renumbered
+from katcore.train.layout import Rows, ancestors, packed, padded, unrolled
 from katcore.train.policy import logits_at
-from katcore.train.surrogate import Clipped, PolicyGradient
 from tests.train.architectures import CONFIGS, tiny
-from tests.train.trees import VOCABULARY, gradients, sample, tree_samples
+from tests.train.naive import OBJECTIVES, objective_of, sampled, told_of, written_out
+from tests.train.trees import gradients, sample, tree_samples
 
 LAYOUTS: dict[str, Callable[[Sequence[Sample]], Rows]] = {
     "padded": padded,
     "packed": packed,
     "unrolled": unrolled,
 }
-OBJECTIVES = ("sft", "token", "turn", "sequence", "entropy", "reverse-kl")
 MODELS = {name: tiny(name) for name in CONFIGS}
 
 
@@ -41,24 +38,6 @@ def several(trees: list[Sample]) -> list[Sample]:
 
 
 FORESTS = st.lists(tree_samples(), min_size=1, max_size=2).map(several)
-
-
-def objective_of(name: str, samples: list[Sample], seed: int) -> Objective:
-    draw = torch.Generator().manual_seed(seed)
-    if name == "sft":
-        return Sft()
-    if name == "reverse-kl":
-        num = sum(sum(tree.trained) for tree in samples)
-        teacher = torch.randn(num, VOCABULARY, dtype=torch.float64, generator=draw)
-        return Distillation(lambda *_: teacher)
-    rows = {
-        tree.rollout_id: (tuple(torch.randn(1 + turns(tree)[-1], generator=draw).tolist()),)
-        for tree in samples
-    }
-    level: Any = "token" if name == "entropy" else name
-    shape = Clipped(level, entropy=0.1 if name == "entropy" else 0.0)
-    old = {tree.rollout_id: [-3.0] * sum(tree.trained) for tree in samples}
-    return PolicyGradient(rows, shape, old=old)
 
 
 def logits_of_branches(model: Any, samples: list[Sample]) -> Tensor:
@@ -102,19 +81,21 @@ def test_a_tree_is_its_branches(
 ) -> None:
     if not samples or (objective == "sequence" and weighting == "once"):
         return
-    model, loss_of = MODELS[name], objective_of(objective, samples, seed)
+    model = MODELS[name]
+    told = [told_of(tree, seed + at, model) for at, tree in enumerate(samples)]
+    samples = [sampled(tree, one) for tree, one in zip(samples, told, strict=True)]
+    loss_of = objective_of(objective, samples, told)
     batch = collate(samples, weighting, LAYOUTS[layout])
     model.zero_grad()
     whole = loss_of(logits_of(model, batch), batch, samples)
     whole.backward()
     found = gradients(model)
     model.zero_grad()
-    apart = loss_of(logits_of_branches(model, samples), batch, samples)
-    apart.backward()
-    assert abs(float(whole.detach() - apart.detach())) <= 1e-10 * max(
-        1.0, abs(float(apart.detach()))
-    )
+    single, weight = written_out(objective, model, samples, told, weighting)
+    single.backward()
+    assert relative(whole, single) < 1e-10
     assert relative(found, gradients(model)) < 1e-10
+    assert loss_of.weight(samples, weighting) == pytest.approx(weight, rel=1e-12)
 
 
 def test_a_wrong_piece_is_noticed() -> None:
@@ -183,23 +164,36 @@ def test_cut_pieces_give_the_dense_result(tree: Sample, block: int, border: int)
 
 
 @pytest.mark.parametrize("num_past", [0, 3])
-def test_flex_attention_gives_the_dense_result(num_past: int) -> None:
-    """As it runs without a GPU: uncompiled, and not backwards. More than one block of 128."""
+def test_flex_attention_gives_the_dense_result(
+    num_past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it runs without a GPU: uncompiled. More than one block of 128.
+
+    Backwards, too: torch refuses that without a GPU, for what it would compile; uncompiled it has it.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     past = list(range(-1, num_past - 1))
     chain = [num_past + at for at in range(-1, 89)]
     own = [*chain, num_past + 40, *range(num_past + 90, num_past + 139), num_past + 10]
     parents = [*past, *own]
     torch.manual_seed(0)
-    query = torch.randn(1, 4, len(own), 8, dtype=torch.float64)
+    query, grad = torch.randn(2, 1, 4, len(own), 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, len(parents), 8, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (query, key.clone(), value.clone())]
     above: Any = SimpleNamespace(lengths=[num_past])
     mask = attention.TreeMask(parents, above).blocks(torch.device("cpu"))
-    found = flex.attend(query, key, value, mask, 0.3)
+    found = flex.attend(*inputs, mask, 0.3)
     seen = ancestors(parents)[num_past:]
     dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True
+        *inputs, attn_mask=seen, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(dense, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_the_largest_subtree_comes_first() -> None:

@@ -24,7 +24,7 @@ MODELS = {name: tiny(name) for name in ("qwen3-moe", "mixtral")}
 @given(tree=tree_samples())
 def test_it_is_the_loss_of_the_branches(name: str, layout: object, tree: Sample) -> None:
     model = MODELS[name]
-    tree = replace(tree, trained=(False, *[True] * (len(tree.tokens) - 1)))
+    tree = replace(tree, trained=tuple(parent >= 0 for parent in tree.parents))
     found = {}
     for how in (layout, unrolled):
         batch = collate([tree], layout=how)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from katcore.train.lora import add_adapters, dropping, merge, save_adapter
 from katcore.train.objective import Sft
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.architectures import tiny
-from tests.train.trees import branches, gradients, line, sample, small_model
+from tests.train.test_attention import relative
+from tests.train.trees import alone, gradients, sample, small_model
 
 TREE = sample(
     [1, 2, 3, 4, 5, 6, 7, 8],
@@ -52,10 +53,10 @@ def test_a_tree_is_the_mean_of_its_branches(name: str, max_tokens: int) -> None:
         loss = engine.backward([TREE], Sft(), 1.0)
     found = gradients(model)
     model.zero_grad()
-    paths = branches(TREE)
-    single = sum(engine.backward([line(*path)], Sft(), len(paths)) for path in paths)
+    paths = alone(TREE)
+    single = sum(engine.backward([path], Sft(), len(paths)) for path in paths)
     assert loss == pytest.approx(single, rel=1e-10)
-    torch.testing.assert_close(found, gradients(model), rtol=1e-10, atol=1e-10)
+    assert relative(found, gradients(model)) < 1e-10
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
 
 

@@ -8,7 +8,8 @@ from katcore.train.batch import collate, turns
 from katcore.train.layout import ancestors
 from katcore.train.objective import Sft
 from katcore.train.policy import logits_at
-from tests.train.trees import branches, gradients, line, sample, small_model, tree_samples
+from tests.train.test_attention import relative
+from tests.train.trees import alone, gradients, sample, small_model, tree_samples
 
 MODEL = small_model()
 
@@ -24,19 +25,17 @@ def loss_of(samples: list[Sample]) -> torch.Tensor:
 def test_the_loss_of_a_tree_is_the_mean_over_its_branches(tree: Sample) -> None:
     if not any(tree.trained):
         return
-    paths = branches(tree)
     MODEL.zero_grad()
     whole = loss_of([tree])
     whole.backward()
     whole_gradient = gradients(MODEL)
     MODEL.zero_grad()
-    single = torch.zeros((), dtype=torch.float64)
-    for tokens, trained in paths:
-        if any(trained):
-            single = single + loss_of([line(tokens, trained)]) / len(paths)
+    paths = alone(tree)
+    losses = [loss_of([path]) for path in paths if any(path.trained)]
+    single = torch.stack(losses).sum() / len(paths)
     single.backward()
-    torch.testing.assert_close(whole, single, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(whole_gradient, gradients(MODEL), rtol=1e-8, atol=1e-9)
+    assert relative(whole, single) < 1e-10
+    assert relative(whole_gradient, gradients(MODEL)) < 1e-10
 
 
 @settings(max_examples=20, deadline=None)
@@ -45,7 +44,7 @@ def test_padding_changes_nothing(one: Sample, other: Sample) -> None:
     if not any(one.trained) or not any(other.trained):
         return
     together = loss_of([one, other])
-    torch.testing.assert_close(together, loss_of([one]) + loss_of([other]), rtol=1e-10, atol=1e-10)
+    assert relative(together, loss_of([one]) + loss_of([other])) < 1e-10
 
 
 def test_the_mask_is_the_ancestor_relation() -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import strategies as st
 
 from katcore.config import ModelSettings
-from katcore.schema.sample import Sample
+from katcore.schema.sample import Sample, leaf_counts
+from katcore.train.forest import branches
 from katcore.train.policy import new_policy
 
 VOCABULARY = 23
@@ -24,15 +25,9 @@ def small_model(seed: int = 0) -> Any:
 
 
 def sample(tokens: list[int], parents: list[int], trained: list[bool], **facts: Any) -> Sample:
-    leaves = [0] * len(tokens)
-    children = {parent for parent in parents if parent >= 0}
-    for at in reversed(range(len(tokens))):
-        if at not in children:
-            leaves[at] = 1
-        if parents[at] >= 0:
-            leaves[parents[at]] += leaves[at]
     given = {
         "logprobs": (0.0,) * len(tokens),
+        "branches": tuple(leaf_counts(parents)),
         "rollout_id": "r",
         "task_id": "t",
         "domain": "d",
@@ -40,7 +35,7 @@ def sample(tokens: list[int], parents: list[int], trained: list[bool], **facts: 
         "origin": "sampled",
         "policy_version": "0",
     } | facts
-    return Sample(tuple(tokens), tuple(parents), tuple(trained), branches=tuple(leaves), **given)
+    return Sample(tuple(tokens), tuple(parents), tuple(trained), **given)
 
 
 def line(tokens: list[int], trained: list[bool], **facts: Any) -> Sample:
@@ -49,33 +44,35 @@ def line(tokens: list[int], trained: list[bool], **facts: Any) -> Sample:
 
 @st.composite
 def tree_samples(draw: Any) -> Sample:
-    """Trees in depth-first order: a token's parent is on the path of the token before it."""
+    """Trees in depth-first order: a token's parent is on the path of the token before it.
+
+    Some have several roots, as where sub-agents begin anew, and forks are anywhere, also inside answers.
+    """
     choose = random.Random(draw(st.integers(0, 10**6)))
     num = choose.randint(2, 24)
+    begins = choose.choice([0.0, 0.1])
     parents = [-1]
     for at in range(1, num):
-        path = [at - 1]
-        while parents[path[-1]] >= 0:
-            path.append(parents[path[-1]])
-        parents.append(at - 1 if choose.random() < 0.7 else choose.choice(path))
+        path = branches(parents)[-1]
+        if choose.random() < 0.7:
+            parents.append(at - 1)
+        else:
+            parents.append(-1 if choose.random() < begins else choose.choice(path))
     tokens = [choose.randrange(VOCABULARY) for _ in range(num)]
-    trained = [at > 0 and choose.random() < 0.6 for at in range(num)]
+    trained = [parent >= 0 and choose.random() < 0.6 for parent in parents]
     return sample(tokens, parents, trained)
 
 
-def branches(tree: Sample) -> list[tuple[list[int], list[bool]]]:
-    """Every root-to-leaf path as a plain sequence."""
-    inner = set(tree.parents)
-    found = []
-    for leaf in range(len(tree.tokens)):
-        if leaf in inner:
-            continue
-        path = [leaf]
-        while tree.parents[path[-1]] >= 0:
-            path.append(tree.parents[path[-1]])
-        path.reverse()
-        found.append(([tree.tokens[at] for at in path], [tree.trained[at] for at in path]))
-    return found
+def alone(tree: Sample) -> list[Sample]:
+    """Every branch as a plain sequence."""
+    return [
+        line(
+            [tree.tokens[at] for at in path],
+            [tree.trained[at] for at in path],
+            logprobs=tuple(tree.logprobs[at] for at in path),
+        )
+        for path in branches(tree.parents)
+    ]
 
 
 def gradients(model: Any) -> torch.Tensor:
