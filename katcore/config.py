@@ -164,11 +164,12 @@ def check_weighting(rl: RlSettings, weighting: str) -> None:
 class DistillSettings(Settings):
     """On-policy distillation: the student's own tokens, judged by the teacher of their domain.
 
-    Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain,
-    which cost no sandbox. Each of the `steps` has `prompts` tasks of each domain, `group` rollouts of each,
-    and `epochs` updates on them. `cold_batch` and `prompts` may differ between experts: they are the shares
-    of the mixture. With `mean: domain` each domain weighs the same, however many tokens it has. `lr` is 5e-5
-    where it is not given, and with adapters 1e-4.
+    Before it come `cold_steps` on late rollouts of the teachers, `cold_batch` of each domain, which cost no
+    sandbox; learnt is their likelihood, or the KL to the teacher there (`cold_objective`). Each of the
+    `steps` has `prompts` tasks of each domain, `group` rollouts of each, and `epochs` updates on them.
+    `cold_batch` and `prompts` may differ between experts: they are the shares of the mixture. With `mean:
+    domain` each domain weighs the same, however many tokens it has. `lr` is 5e-5 where it is not given, and
+    with adapters 1e-4.
     `objective`: the KL from student to teacher over the whole vocabulary (`reverse-kl`), over the `top_k`
     tokens of one of them (`support`) and a bucket for all others, or of the sampled token alone
     (`policy-gradient`): its advantage is `strength` times log teacher - log student, cut at
@@ -181,6 +182,7 @@ class DistillSettings(Settings):
 
     cold_steps: int = 0
     cold_batch: int = 32
+    cold_objective: Literal["likelihood", "kl"] = "likelihood"
     steps: int = 30
     prompts: int = 16
     objective: Literal["reverse-kl", "top-k", "policy-gradient"] = "policy-gradient"

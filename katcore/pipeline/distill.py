@@ -162,12 +162,12 @@ class _Loop:
         return list(self._trainer.load(self._job.checkpoint).get("history", []))
 
     def learn_from_teachers(self) -> None:
-        """The off-policy beginning: a KL on states that the teachers came to."""
+        """The off-policy beginning, on what the teachers said."""
         settings, job = self._settings, self._job
         if self._trainer.step_number >= settings.cold_steps:
             return
         pools = [_late_samples(job, domain) for domain in self._domains]
-        shape = self._shape if self._shape.kind != "policy-gradient" else Divergence()
+        shape = self._cold_shape()
         while (step := self._trainer.step_number) < settings.cold_steps:
             rows = [
                 pool[at]
@@ -178,6 +178,11 @@ class _Loop:
             job.progress.step(step, settings.cold_steps + settings.steps, metrics)
             if (step + 1) % settings.checkpoint_every == 0:
                 self._trainer.save(job.checkpoint, history=[])
+
+    def _cold_shape(self) -> Divergence:
+        if self._settings.cold_objective == "likelihood":
+            return replace(self._shape, kind="likelihood")
+        return self._shape if self._shape.kind != "policy-gradient" else Divergence()
 
     async def run(self, start: Path, history: list[float]) -> None:
         """The steps on policy, on rollouts; `history` grows by the mean KL of each."""

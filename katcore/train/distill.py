@@ -10,7 +10,8 @@ With p the student and q the teacher after the same tokens, the cost of a token 
 - `policy-gradient`: of the token y that was drawn alone, -min(r A, clip(r) A), where r is p_y over the
   sampler's, and A = A_RL + strength clip(log q_y - log p_y) is taken as given (MOPD, arXiv 2606.30406).
   Where nothing is clipped and A_RL is 0, its gradient is in expectation that of strength KL(p || q), whatever
-  the sampler: r makes up for it, and grad KL = E_p[log(p_y / q_y) grad log p_y].
+  the sampler: r makes up for it, and grad KL = E_p[log(p_y / q_y) grad log p_y];
+- `likelihood`: -log p_y, of what the teacher said: not on policy, for a beginning.
 
 Tokens of which the two have little in common may count less, and what follows many such may be left out
 (KAT-Coder-V2.5, arXiv 2607.05471). Departs from it in the weight, which it leaves open: overlap^power.
@@ -39,7 +40,7 @@ from katcore.train.objective import (
 )
 from katcore.train.policy import hidden, logits_of
 
-Kind = Literal["reverse-kl", "top-k", "policy-gradient"]
+Kind = Literal["reverse-kl", "top-k", "policy-gradient", "likelihood"]
 
 
 class Taught(Protocol):
@@ -173,10 +174,12 @@ class Distillation(TokenMean):
             logits_MV, taught_MV = logits_MV / shape.temperature, taught_MV / shape.temperature
         student_MV, teacher_MV = logits_MV.log_softmax(1), taught_MV.log_softmax(1)
         found: Terms = {}
+        at_M1 = targets_M[:, None].to(logits_MV.device)
         if shape.kind == "policy-gradient":
-            at_M1 = targets_M[:, None].to(logits_MV.device)
             found["logprob"] = student_MV.gather(1, at_M1)[:, 0]
             found["taught"] = teacher_MV.gather(1, at_M1)[:, 0]
+        elif shape.kind == "likelihood":
+            found["cost"] = -student_MV.gather(1, at_M1)[:, 0]
         elif shape.kind == "top-k" and shape.k < student_MV.shape[1]:
             likeliest_MV = teacher_MV if shape.support == "teacher" else student_MV
             found["cost"] = top_k_kl(student_MV, teacher_MV, likeliest_MV.topk(shape.k, 1).indices)

@@ -11,7 +11,7 @@ from katcore.config import DistillSettings, ModelSettings, Preset
 from katcore.errors import StageError
 from katcore.inference.chat import ChatTokenizer
 from katcore.pipeline import lineage
-from katcore.pipeline.distill import Domain, _Loop, _warn_of_strangers, check_teacher
+from katcore.pipeline.distill import Domain, _Loop, _shape, _warn_of_strangers, check_teacher
 from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.plan import StageSpec
 from katcore.pipeline.rollouts import RolloutFile
@@ -28,7 +28,13 @@ from tests.inference.tiny import CONTEXT, write_tiny_model
 STEPS = 14
 LR = 1e-2
 SETTINGS = DistillSettings(
-    objective="reverse-kl", cold_steps=STEPS, cold_batch=3, steps=1, lr=LR, checkpoint_every=5
+    objective="reverse-kl",
+    cold_steps=STEPS,
+    cold_batch=3,
+    cold_objective="kl",
+    steps=1,
+    lr=LR,
+    checkpoint_every=5,
 )
 
 
@@ -115,6 +121,19 @@ def test_it_comes_closer_to_the_teacher_and_a_killed_one_ends_alike(tmp_path: Pa
     with pytest.raises(KilledError):
         begin(job(cut, rewards, stop_at=11))
     assert torch.equal(weights(begin(job(cut, rewards))), weights(trainer))
+
+
+def test_what_teachers_said_is_learnt_as_the_settings_say(tmp_path: Path) -> None:
+    made = job(tmp_path, [1.0])
+    start = made.input("unified.sft") / "model"
+    trainer = Trainer(load_trainable(start, made.preset, 0), Schedule(LR, 1))
+    loop = _Loop(made, trainer, ChatTokenizer(start), [domain(made)])
+    kinds = []
+    for changes in ({}, {"cold_objective": "kl"}, {"cold_objective": "kl", "objective": "top-k"}):
+        loop._settings = DistillSettings.model_validate(changes)
+        loop._shape = _shape(loop._settings)
+        kinds.append(loop._cold_shape().kind)
+    assert kinds == ["likelihood", "reverse-kl", "top-k"]
 
 
 def test_scattered_teachers_teach_as_whole_ones(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from katcore.train.distill import (
     top_k_kl,
     trusted,
 )
+from katcore.train.objective import Sft
 from katcore.train.policy import logits_at
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.test_attention import relative
@@ -48,6 +49,7 @@ SHAPES = {
     "top-k of the student": Divergence("top-k", k=4, support="student"),
     "policy-gradient": Divergence("policy-gradient", most=1.5, temperature=0.8),
     "overlap": Divergence(overlap=Overlap(5, 2.0, limit=2)),
+    "likelihood": Divergence("likelihood"),
 }
 
 
@@ -86,6 +88,17 @@ def gradient_of(loss: Tensor, logits: Tensor) -> Tensor:
 
 
 # The estimator over one token, with a vocabulary of 5: every token is drawn once, and weighed exactly.
+
+
+def test_likelihood_is_that_of_fine_tuning() -> None:
+    samples = [sample([3, 4, 5, 6], [-1, 0, 1, 0], [False, True, True, True])]
+    batch = collate(samples)
+    student = logits_of(MODEL, batch).detach()
+    found = Distillation(teach, Divergence("likelihood"))
+    assert float(found(student, batch, samples)) == pytest.approx(
+        float(Sft()(student, batch, samples)), rel=1e-12
+    )
+    assert found.seen()["kl"] > 0
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.25])
