@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -53,6 +54,8 @@ class Progress:
         self._pending: list[tuple[int, dict[str, float]]] = []
         self._run: Any = None
         self._is_cut_off = False
+        # Steps are told by the trainer's thread, restarts of servers by that of the engines.
+        self._writing = threading.Lock()
         self.say("")
 
     def say(self, text: str) -> None:
@@ -139,9 +142,10 @@ class Progress:
             "updated_s": self._written_s,
             **state,
         }
-        temporary = self._work / "progress.tmp"
-        temporary.write_text(json.dumps(content))
-        temporary.replace(self._work / "progress.json")
+        with self._writing:
+            temporary = self._work / "progress.tmp"
+            temporary.write_text(json.dumps(content))
+            temporary.replace(self._work / "progress.json")
 
 
 class Silent:

@@ -82,7 +82,7 @@ def _lost(lost: Sequence[Rollout], num: int) -> StageError:
     first = lost[0]
     return StageError(
         f"{len(lost)} of {num} rollouts were lost to infrastructure; the first, {first.id}:"
-        f" {first.outcome}: {first.error}"
+        f" {first.outcome}: {first.error}. See to that, and run the same command to go on"
     )
 
 

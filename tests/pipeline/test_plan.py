@@ -36,6 +36,8 @@ def changed(plugins: Plugins, **settings: Any) -> set[str]:
 def test_the_same_settings_have_the_same_keys(plugins: Plugins) -> None:
     assert changed(plugins) == set()
     assert changed(plugins, name="q", summary="x", concurrency=3) == set()
+    often = {"sft": SftSettings(checkpoint_every=3), "rl": RlSettings(checkpoint_every=3)}
+    assert changed(plugins, **often, distill=DistillSettings(checkpoint_every=3)) == set()
 
 
 def test_inputs_come_before_what_reads_them(plugins: Plugins) -> None:

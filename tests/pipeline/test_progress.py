@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,3 +91,11 @@ def test_without_mlflow_from_the_beginning_a_training_is_as_well(
     progress.step(1, 9, {"loss": 0.9})
     progress.close()
     assert tracked() == [(0, 1.0), (1, 0.9)]
+
+
+def test_trainer_and_engines_may_report_at_the_same_time(work: Path) -> None:
+    progress = Progress(SPEC, work, PLAN)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(progress.say, str(number)) for number in range(2000)]:
+            done.result()
+    assert json.loads((work / "progress.json").read_bytes())["stage"] == "swe.sft"
