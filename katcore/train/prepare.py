@@ -13,6 +13,7 @@ from katcore.config import Preset
 from katcore.settings import ScaleSettings
 from katcore.train import ranks
 from katcore.train.policy import load_policy
+from katcore.train.precision import compute_in_bfloat16
 from katcore.train.scattered import scatter
 
 
@@ -72,18 +73,3 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def compute_in_bfloat16(model: Any) -> None:
-    """Products below the vocabulary projection in bfloat16; weights, and the optimizer's, in float32.
-
-    Not for an engine that samples: it has keys and values of its own, in float32.
-    """
-    inner = model.base_model
-    inner.forward = functools.partial(_in_bfloat16, inner.forward)
-
-
-def _in_bfloat16(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    is_training = kwargs.get("past_key_values") is None
-    with torch.autocast(kwargs["input_ids"].device.type, torch.bfloat16, enabled=is_training):
-        return forward(*args, **kwargs)
