@@ -1,7 +1,9 @@
 """What passes compute in: products below the vocabulary projection in bfloat16, all else in float32.
 
-Weights stay as they are, and the optimizer's in float32. Those of a frozen model may be `narrow`: what
-autocast would round at each product is then rounded once, so that its numbers are the same bit by bit.
+A model that is trained keeps weights in float32, which autocast rounds for each pass. A frozen one may have
+them rounded once and for all (`narrow`). That is the same bit by bit, so that a teacher with the student's
+weights says what the student says; but for experts by transformers' `grouped_mm`, which autocast does not
+know: these compute in what they are held in.
 """
 
 import functools
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def compute_in_bfloat16(model: Any) -> None:
@@ -34,6 +37,16 @@ def as_weights_are(model: Any) -> Iterator[None]:
         yield
     finally:
         inner.forward = wrapped
+
+
+def narrow(model: Any) -> None:
+    """Hold in bfloat16 what a frozen model multiplies with: its linear layers and experts."""
+    for module in model.base_model.modules():
+        for parameter in module.parameters(recurse=False):
+            is_linear = isinstance(module, nn.Linear) and parameter is module.weight
+            are_experts = parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+            if is_linear or are_experts:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _in_bfloat16(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,11 +10,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from katcore.config import Preset
+from katcore.errors import StageError
 from katcore.settings import ScaleSettings
 from katcore.train import ranks
 from katcore.train.policy import load_policy
-from katcore.train.precision import compute_in_bfloat16
+from katcore.train.precision import compute_in_bfloat16, narrow
 from katcore.train.scattered import scatter
+from katcore.train.support import takes_trees
 
 
 def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
@@ -27,13 +29,30 @@ def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     return model
 
 
-def load_frozen(folder: Path, scale: ScaleSettings, *, beside: Any) -> Any:
-    """The model of a folder that is only looked at, `beside` one that is trained."""
+def load_frozen(folder: Path, preset: Preset, *, beside: Any) -> Any:
+    """The model of a folder that is only looked at, `beside` one that is trained.
+
+    It is held and computes as `scale` says, and is given trees or branches as `tree` says (`frozen`).
+
+    Raises:
+        StageError: it needs branches and trees are required, or it scales its logits.
+    """
+    is_narrow = preset.scale.precision == "bfloat16"
 
     def load() -> Any:
-        return load_policy(folder).requires_grad_(False)
+        model = load_policy(folder).requires_grad_(False)
+        try:
+            takes_trees(model, preset.tree)  # while it is in float32, in which that is seen
+        except StageError as error:
+            raise StageError(f"{folder}: {error}") from error
+        if is_narrow:
+            narrow(model)
+        return model
 
-    return _placed(load, scale, beside)
+    model = _placed(load, preset.scale, beside)
+    if is_narrow:
+        compute_in_bfloat16(model)
+    return model
 
 
 def load_sampler(folder: Path, preset: Preset, seed: int) -> Any:

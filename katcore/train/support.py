@@ -24,24 +24,30 @@ _ROUNDING = 500
 
 
 def takes_trees(model: Any, trees: Trees = "auto") -> bool:
-    """Whether `model` is given trees. If not, the reason is logged.
+    """Whether `model` is given trees. If not, the reason is logged, and the model remembers it.
 
     Raises:
         StageError: it cannot, and they are required; or something else comes after its vocabulary projection.
     """
     reason = refusal(model)
+    model.is_given_branches = bool(reason)
     if reason and trees == "required":
         raise StageError(
-            f"{type(model).__name__} cannot be trained on token trees: {reason};"
-            " with `tree: auto` it is trained on their branches, one by one"
+            f"{type(model).__name__} cannot be given token trees: {reason};"
+            " with `tree: auto` it is given their branches, one by one"
         )
     if reason:
         _log.warning(
-            "%s is trained on branches, not on token trees, which takes longer: %s",
+            "%s is given branches, not token trees, which takes longer: %s",
             type(model).__name__,
             reason,
         )
     return not reason
+
+
+def is_given_branches(model: Any) -> bool:
+    """What `takes_trees` found; False of a model that it was not asked about."""
+    return getattr(model, "is_given_branches", False)
 
 
 def refusal(model: Any) -> str:

@@ -93,7 +93,7 @@ def test_others_say_why_and_are_trained_on_branches(
 @pytest.mark.parametrize("name", WITHOUT)
 def test_required_trees_are_an_error(name: str) -> None:
     config, reason = WITHOUT[name]
-    with pytest.raises(StageError, match=f"cannot be trained on token trees: .*{reason}"):
+    with pytest.raises(StageError, match=f"cannot be given token trees: .*{reason}"):
         Trainer(built(config), Schedule(1e-2, 10), trees="required")
 
 
