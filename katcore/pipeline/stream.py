@@ -63,6 +63,7 @@ class Stream:
 
     async def _renew(self, step: int) -> None:
         weights = await self._compute(self._weights)  # which all processes may have to gather
+        await self._compute(ranks.make_room)  # for engines that wake on the same GPUs
         if self._engines:
             await self._engines.hand_over(str(step), weights)
 
