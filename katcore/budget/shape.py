@@ -69,6 +69,13 @@ class Shape:
         return self.num_parameters - self.sparse_layers * idle * self.expert
 
     @property
+    def products(self) -> int:
+        """Of linear layers, without biases, and of experts: what layers multiply with, but for routers."""
+        attention = 2 * self.hidden * (self.query_width + self.kv_width)
+        dense = (self.layers - self.sparse_layers) * 3 * self.hidden * self.intermediate
+        return self.layers * attention + dense + self.sparse_layers * self.experts * self.expert
+
+    @property
     def ends(self) -> int:
         """Of what is no layer: embedding, last norm, output projection."""
         return self.embedding * (1 if self.is_tied else 2) + self.hidden

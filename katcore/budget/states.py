@@ -4,7 +4,8 @@ With P parameters, T of them trained, N processes: up to stage 2 a process holds
 bytes, and with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T.
 Stages 1 and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a
 second set of whole gradients is there while they are handed over. Stage 3 divides all by N but what is no
-layer, and has one layer whole at a time; of frozen models, too. Offloaded, its optimizer has weights and
+layer, and has one layer whole at a time; of frozen models, too. These have in bfloat16 what they multiply
+with, but for the output projection. Offloaded, its optimizer has weights and
 gradients of its own in main memory, 16 T / N with the moments; with `offload: all` they are the only ones.
 
 tests/budget/test_states.py compares with what torch holds, and with DeepSpeed's estimators.
@@ -51,7 +52,7 @@ def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None)
     if scale.zero == 3:
         return _layerwise(shape, scale, adapters)
     copies = 2 * (total - shape.embedding * (not shape.is_tied)) if _is_narrow(scale) else 0
-    frozen = 4 * shape.num_parameters
+    frozen = 4 * shape.num_parameters - _narrowed(shape, scale)
     if not scale.zero:
         buckets = 4 * min(trained, _SUM) if scale.world > 1 else 0
         return States(4 * total, copies, frozen, 4 * trained, 8 * trained, buckets=buckets)
@@ -78,6 +79,7 @@ def _layerwise(shape: Shape, scale: ScaleSettings, adapters: int) -> States:
     whole = 0 if adapters else ends
     is_here = scale.offload != "all"
     each = 4 + 2 * _is_narrow(scale) + (0 if adapters else 8)
+    frozen = 4 * inner - _narrowed(shape, scale)
     host = {
         "none": 0.0,
         "optimizer": 16 * (learnt + whole),
@@ -86,14 +88,19 @@ def _layerwise(shape: Shape, scale: ScaleSettings, adapters: int) -> States:
     return States(
         weights=int(4 * (shards * is_here + ends)),
         copies=2 * shape.embedding if _is_narrow(scale) else 0,
-        frozen=int(4 * (inner / scale.world * is_here + ends)),
+        frozen=int(frozen / scale.world * is_here + 4 * ends),
         gradients=int(4 * (learnt * is_here + whole)),
         optimizer=int(8 * (learnt + whole)) if scale.offload == "none" else 0,
         gathered=each * layer,
         buckets=0 if adapters or scale.world == 1 else 4 * min(ends, _SUM),
         host=int(host * scale.processes),
-        frozen_host=0 if is_here else int(4 * inner / scale.nodes),
+        frozen_host=0 if is_here else int(frozen / scale.nodes),
     )
+
+
+def _narrowed(shape: Shape, scale: ScaleSettings) -> int:
+    """Bytes that a frozen model is smaller than in float32."""
+    return 2 * shape.products * _is_narrow(scale)
 
 
 def _is_narrow(scale: ScaleSettings) -> bool:

@@ -4,7 +4,8 @@ A session's first call goes to a replica by rendezvous hashing of its prompt, so
 begin where their common prompt is cached; later calls go where the last one went. No replica gets more than
 `_SLACK` times its share of the open calls (consistent hashing with bounded loads, arXiv 1608.01350): what is
 too much goes to the next in the hash's order. A replica that fails gets no calls until it has opened again
-with the newest weights; what it was asked is asked of another.
+with the newest weights; what it was asked is asked of another. While engines sleep none is opened again, for
+the trainer has their GPUs.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil
 from typing import Any, Protocol, TypeVar
@@ -46,7 +47,10 @@ Change = Callable[[Any], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Place:
-    """A replica, its open calls, and since when it has had some; `error` is why it gets none."""
+    """A replica, its open calls, and since when it has had some; `error` is why it gets none.
+
+    Who gives it weights, or sends it to sleep, is `changing` it.
+    """
 
     engine: Replica
     number: int
@@ -54,6 +58,7 @@ class _Place:
     busy_s: float = 0.0
     busy_since_s: float = 0.0
     error: EngineError | None = None
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Router:
@@ -64,6 +69,8 @@ class Router:
         self._sessions: OrderedDict[str, int] = OrderedDict()
         self._change: Change | None = None
         self._recoveries: set[asyncio.Task[None]] = set()
+        self._is_awake = asyncio.Event()
+        self._is_awake.set()
         self._measured_s = time.monotonic()
 
     async def open(self, report: Callable[[str], None]) -> None:
@@ -108,17 +115,16 @@ class Router:
             EngineError: none has taken them.
         """
         self._change = change
+        self._is_awake.set()
         places = [place for place in self._places if place.error is None] or self._places
         errors = await asyncio.gather(*(self._renewed(place, change) for place in places))
         if None not in errors:
             raise EngineError(f"no replica takes new weights: {errors[0]}") from errors[0]
 
     async def sleep(self) -> None:
-        """See `SupportsSleep.sleep`; those that cannot, or are away, stay as they are."""
-        well = [place.engine for place in self._places if place.error is None]
-        await asyncio.gather(
-            *(engine.sleep() for engine in well if isinstance(engine, SupportsSleep))
-        )
+        """See `SupportsSleep.sleep`; those that cannot stay as they are. None wakes before `renew`."""
+        self._is_awake.clear()
+        await asyncio.gather(*(self._put_to_sleep(place) for place in self._places))
 
     def idle_share(self) -> float:
         """The share of the time since this was last asked in which a replica had no call: their mean."""
@@ -195,28 +201,48 @@ class Router:
             self._recoveries.add(task)
             task.add_done_callback(self._recoveries.discard)
 
+    async def _put_to_sleep(self, place: _Place) -> None:
+        async with place.changing:
+            if not isinstance(place.engine, SupportsSleep):
+                return
+            try:
+                await place.engine.sleep()
+            except EngineError as error:
+                if place.error is None:
+                    raise
+                _LOG.warning("replica %d, which is away, does not sleep: %s", place.number, error)
+
     async def _recover(self, place: _Place) -> None:
         rest_s = _FIRST_REST_S
         while place.error is not None:
             await asyncio.sleep(rest_s)
             rest_s = min(2 * rest_s, _LONGEST_REST_S)
-            change = self._change
-            try:
-                if change is not None:
-                    await change(place.engine)
-                elif isinstance(place.engine, SupportsOpen):
-                    await place.engine.open(_LOG.info)
-            except EngineError as error:
-                place.error = error
-                continue
-            if change is self._change:
-                place.error = None
+            await self._is_awake.wait()
+            async with place.changing:
+                await self._try(place)
+
+    async def _try(self, place: _Place) -> None:
+        """Have a replica that failed take the newest weights, or open again; then it is back."""
+        if place.error is None or not self._is_awake.is_set():
+            return
+        change = self._change
+        try:
+            if change is not None:
+                await change(place.engine)
+            elif isinstance(place.engine, SupportsOpen):
+                await place.engine.open(_LOG.info)
+        except EngineError as error:
+            place.error = error
+            return
+        if change is self._change:
+            place.error = None
 
     async def _renewed(self, place: _Place, change: Change) -> EngineError | None:
-        try:
-            await change(place.engine)
-        except EngineError as error:
-            self._fails(place, error)
-            return error
-        place.error = None
-        return None
+        async with place.changing:
+            try:
+                await change(place.engine)
+            except EngineError as error:
+                self._fails(place, error)
+                return error
+            place.error = None
+            return None

@@ -46,6 +46,9 @@ class Server(Protocol):
     async def ready(self, report: Callable[[str], None]) -> Address:
         """Where it answers now. Raises EngineError."""
 
+    def runs(self) -> bool:
+        """Whether it has been started, and has not ended."""
+
     def doubt(self, address: Address) -> str:
         """It did not answer there; returns what it said last."""
 
@@ -62,6 +65,10 @@ class Elsewhere:
     async def ready(self, report: Callable[[str], None]) -> Address:
         """See `Server.ready`."""
         return self._address
+
+    def runs(self) -> bool:
+        """See `Server.runs`."""
+        return True
 
     def doubt(self, address: Address) -> str:
         """See `Server.doubt`."""
@@ -85,6 +92,8 @@ class VllmEngine:
         self._address: Address | None = None
         self._client: VllmClient | None = None
         self._served: Served | None = None
+        self.precision = ""
+        """What the server computes in, as torch names it; "" if it does not say."""
         self._connecting = asyncio.Lock()
         self._wanted: tuple[Path, str] | None = None
         """The weights that were asked for last, and their version."""
@@ -184,9 +193,12 @@ class VllmEngine:
                 await self._load(folder, version)
 
     async def sleep(self) -> None:
-        """See `SupportsSleep.sleep`. Weights that the server can read again are not kept."""
+        """See `SupportsSleep.sleep`. Weights that the server can read again are not kept.
+
+        A server that has ended is not started for it.
+        """
         async with self._loading:
-            if self._is_asleep:
+            if self._is_asleep or not self._server.runs():
                 return
             async with self._alone():
                 client, _ = await self._ready()
@@ -245,7 +257,7 @@ class VllmEngine:
                 self._adapters.clear()
                 if self._wanted is not None:
                     await self._take(self._client, *self._wanted)
-                self._served = served
+                self._served, self.precision = served, served.precision
             return self._client, self._served
 
     @contextmanager

@@ -6,10 +6,11 @@ temperature than 1 are those of another policy than the one that acted.
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
-from katcore.errors import EngineError, RequestError
+from katcore.errors import EngineError, EngineGoneError, RequestError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.vllm_http import VllmClient
 
@@ -37,10 +38,11 @@ NEUTRAL = {
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The model of a server: its name there, and its length in tokens."""
+    """The model of a server: its name there, its length in tokens, what it computes in ("": not known)."""
 
     name: str
     context: int
+    precision: str = ""
 
 
 async def probe(client: VllmClient, chat: ChatTokenizer, model: str, context: int | None) -> Served:
@@ -53,11 +55,11 @@ async def probe(client: VllmClient, chat: ChatTokenizer, model: str, context: in
         await client.call("/health")
         served = await _served(client, model, context)
         await _check(client, chat, served.name)
+        return replace(served, precision=await _precision(client))
     except RequestError as error:
         raise EngineError(f"{client.url} does not take what is asked of it: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{client.url} does not answer as vLLM does: {error!r}") from error
-    return served
 
 
 async def _check(client: VllmClient, chat: ChatTokenizer, name: str) -> None:
@@ -86,6 +88,18 @@ async def _served(client: VllmClient, model: str, context: int | None) -> Served
     if longest is None:
         raise EngineError(f"{client.url} does not say how long {name} is; say it with `context`")
     return Served(name, min(longest, context or longest))
+
+
+async def _precision(client: VllmClient) -> str:
+    """A torch dtype's name, such as `bfloat16`; servers in development mode say it."""
+    try:
+        said = await client.call("/server_info")
+    except EngineGoneError:
+        raise
+    except EngineError:
+        return ""
+    found = re.search(r"\bdtype=torch\.(\w+)", str(said["vllm_config"]))
+    return found[1] if found else ""
 
 
 async def _ask(client: VllmClient, name: str, prompt: str | list[int], **changes: Any) -> Any:

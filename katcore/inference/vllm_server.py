@@ -150,12 +150,16 @@ class VllmServer:
         Raises:
             EngineError: it does not start, or has ended too often; has the last lines of its log.
         """
-        while not (self._is_well and self._runs()):
+        while not (self._is_well and self.runs()):
             self._is_well = False
-            if not self._runs():
+            if not self.runs():
                 self._begin(report)
             await self._wait(report)
         return self._address
+
+    def runs(self) -> bool:
+        """Whether it has been started, and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def doubt(self, address: Address) -> str:
         """It did not answer there: it has to show itself well once more. Returns the end of its log."""
@@ -167,9 +171,6 @@ class VllmServer:
     async def close(self) -> None:
         """End it and all of its processes."""
         await asyncio.to_thread(self._end)
-
-    def _runs(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def _begin(self, report: Callable[[str], None]) -> None:
         num = self._address.start
@@ -209,7 +210,7 @@ class VllmServer:
         said_s = 0.0
         timeout = aiohttp.ClientTimeout(total=_HEALTH_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            while self._runs():
+            while self.runs():
                 if await _is_well(session, self._address.url):
                     self._is_well = self._has_been_well = True
                     return

@@ -304,7 +304,7 @@ def _shape(settings: DistillSettings) -> Divergence:
 
 def _teacher(job: Job, domain: Domain, student: Any) -> Any:
     """The model of a domain's teacher. Some families pad their vocabularies to different sizes."""
-    model = load_frozen(domain.model, job.preset.scale, beside=student)
+    model = load_frozen(domain.model, job.preset, beside=student)
     sizes = (model.config.vocab_size, student.config.vocab_size)
     if sizes[0] != sizes[1]:
         raise StageError(

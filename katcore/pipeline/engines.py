@@ -110,13 +110,18 @@ def _embedded(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
 
 
 def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
-    """Engines on vLLM servers, which read the weights from a folder of the stage's work."""
-    router = Router([_server(job, start, number) for number in range(job.preset.serve.replicas)])
+    """Engines on vLLM servers, which read the weights from a folder of the stage's work.
+
+    They are written in bfloat16 where all servers compute in it: each would round them itself.
+    """
+    replicas = [_server(job, start, number) for number in range(job.preset.serve.replicas)]
+    router = Router(replicas)
     root = job.work / "weights"
 
     async def hand_over(version: str, weights: Weights) -> None:
         folder = root / version
-        await asyncio.to_thread(_write, job, model, weights, folder, start)
+        is_narrow = all(getattr(one, "precision", "") == "bfloat16" for one in replicas)
+        await asyncio.to_thread(_write, job, model, weights, folder, start, is_narrow=is_narrow)
         await router.renew(lambda engine: engine.load_weights(folder, version))
         for old in root.iterdir():
             if old != folder:
@@ -125,12 +130,14 @@ def _servers(job: Job, model: Any, start: Path) -> tuple[Router, HandOver]:
     return router, hand_over
 
 
-def _write(job: Job, model: Any, weights: Weights, folder: Path, start: Path) -> None:
+def _write(
+    job: Job, model: Any, weights: Weights, folder: Path, start: Path, *, is_narrow: bool
+) -> None:
     """What servers need of the weights: the adapters, if these alone are trained."""
     if job.preset.lora:
         import_module("katcore.train.lora").save_adapter(model, folder, weights)
     else:
-        save_policy(model, folder, tokenizer=start, weights=weights)
+        save_policy(model, folder, tokenizer=start, weights=weights, in_bfloat16=is_narrow)
 
 
 def _server(job: Job, start: Path, number: int, *, is_trained: bool = True) -> Replica:

@@ -11,7 +11,6 @@ from katcore.schema.call import Sampling
 from katcore.schema.sample import Sample
 from katcore.train import ranks
 from katcore.train.advantage import Advantages, group_advantages, no_advantage, penalised
-from katcore.train.lockstep import copied
 from katcore.train.mcla import Passes, averaged, common_share, noises, variance
 from katcore.train.surrogate import Clipped, Correction, PerToken, PolicyGradient, Reference
 from katcore.train.trainer import Trainer
@@ -29,10 +28,10 @@ class Learner:
 
     `engine` made the rollouts, with the weights as they are. Where it has to read them again (`mcla`), it is
     given at most `at_once` requests at a time; then it is done. Of several processes the first alone has it.
-    `run` has the trainer compute.
+    `run` has the trainer compute. With `kl`, `reference` is the model that is not to be left.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a step needs
         self,
         trainer: Trainer,
         settings: RlSettings,
@@ -41,6 +40,7 @@ class Learner:
         seed: int,
         at_once: int,
         run: Run = _here,
+        reference: Any = None,
     ) -> None:
         self._trainer = trainer
         self._settings = settings
@@ -59,9 +59,7 @@ class Learner:
             imitation=settings.imitation,
             correction=_correction(settings),
         )
-        self._reference = None
-        if settings.kl:
-            self._reference = Reference(copied(trainer.model), settings.temperature)
+        self._reference = Reference(reference, settings.temperature) if settings.kl else None
 
     async def learn(self, samples: Sequence[Sample]) -> dict[str, float]:
         """All passes over the samples of one step; the last update's metrics, and the step's.

@@ -33,7 +33,7 @@ from katcore.schema.expert import Expert
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
 from katcore.train.policy import limit_threads
-from katcore.train.prepare import load_trainable
+from katcore.train.prepare import load_frozen, load_trainable
 from katcore.train.trainer import Schedule, Trainer, engine_options
 
 
@@ -74,6 +74,9 @@ class _Loop:
         self._trainer = trainer
         self._start = start
         self._settings = job.preset.rl
+        self._reference = None
+        if self._settings.kl:
+            self._reference = load_frozen(start, job.preset, beside=trainer.model)
         self._expert = expert
         self._frontier = Frontier(tasks, job.seed + 17)
         self._by_id = {task.id: task for task in tasks}
@@ -119,8 +122,8 @@ class _Loop:
             seed=job.seed,
             at_once=job.preset.concurrency,
             run=stream.run,
+            reference=self._reference,
         )
-        # After the learner, which may refer to the model as it was in the beginning.
         self._go_on()
         for step in range(len(self._rewards), settings.steps):
             made, metrics = await stream.of(step)

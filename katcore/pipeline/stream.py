@@ -63,6 +63,7 @@ class Stream:
 
     async def _renew(self, step: int) -> None:
         weights = await self.aside(self._weights)  # which all processes may have to gather
+        await self.aside(ranks.make_room)  # for engines that wake on the same GPUs
         if self._engines:
             await self._engines.hand_over(str(step), weights)
 

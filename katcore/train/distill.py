@@ -29,6 +29,7 @@ from katcore.schema.sample import Sample
 from katcore.train import ranks
 from katcore.train.advantage import Advantages
 from katcore.train.batch import TreeBatch, Weighting
+from katcore.train.frozen import hidden_at
 from katcore.train.objective import (
     FAR,
     Loss,
@@ -38,7 +39,7 @@ from katcore.train.objective import (
     refuse_unsampled,
     sample_weight,
 )
-from katcore.train.policy import hidden, logits_of
+from katcore.train.policy import logits_of
 
 Kind = Literal["reverse-kl", "top-k", "policy-gradient", "likelihood"]
 
@@ -103,9 +104,7 @@ class Teachers:
         """See `Teacher`. A batch has one teacher."""
         (name,) = {self.name(sample) for sample in samples}
         model = self._models[name]
-        with torch.no_grad():
-            found = hidden(model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
-        return _Head(model, found.last_hidden_state.flatten(0, 1)[batch.at_N])
+        return _Head(model, hidden_at(model, batch, samples))
 
 
 @dataclass(frozen=True, slots=True)

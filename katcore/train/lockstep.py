@@ -6,7 +6,6 @@ nothing. Otherwise all go back, also with gradients of zero through such a token
 many passes open, and none is left waiting in a layer.
 """
 
-import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,14 +66,4 @@ class Lockstep:
 def of(model: Any) -> Lockstep | None:
     """The model's, if its layers are scattered."""
     found: Lockstep | None = getattr(model, "lockstep", None)
-    return found
-
-
-def copied(model: Any) -> Any:
-    """A copy of a model as it is, whose passes are made in turn with its own."""
-    together = of(model)
-    if together is None:
-        return copy.deepcopy(model)
-    found = copy.deepcopy(model, {id(together): together})
-    together.join(found)
     return found

@@ -8,6 +8,7 @@ token before and the one before that (`_attend_backwards`), the first half of an
 2209.11895). tests/train/test_policy.py shows that they do; docs/experiments.md has what each is worth.
 """
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -104,7 +105,12 @@ def load_policy(folder: Path) -> Any:
 
 
 def save_policy(
-    model: Any, folder: Path, *, tokenizer: Path, weights: Mapping[str, Tensor] | None = None
+    model: Any,
+    folder: Path,
+    *,
+    tokenizer: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    in_bfloat16: bool = False,
 ) -> None:
     """Write a folder that `load_policy` and vLLM read; tokenizer files are copied from `tokenizer`.
 
@@ -112,10 +118,28 @@ def save_policy(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(weights) if weights else None
+    if in_bfloat16:
+        state = _rounded(state or model.state_dict())
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    if in_bfloat16:
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.bfloat16
+        config.save_pretrained(str(folder))
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).exists() and tokenizer != folder:
             shutil.copy2(tokenizer / name, folder / name)
+
+
+def _rounded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In bfloat16; what is one tensor under two names stays one."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    found = {}
+    for name, tensor in state.items():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in made:
+            made[key] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        found[name] = made[key]
+    return found
 
 
 def logits_at(model: Any, ids_BT: Tensor, positions_BT: Tensor, mask: Mask, at_N: Tensor) -> Tensor:

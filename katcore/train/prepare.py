@@ -10,10 +10,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from katcore.config import Preset
+from katcore.errors import StageError
 from katcore.settings import ScaleSettings
 from katcore.train import ranks
 from katcore.train.policy import load_policy
+from katcore.train.precision import compute_in_bfloat16, narrow
 from katcore.train.scattered import scatter
+from katcore.train.support import takes_trees
 
 
 def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
@@ -26,13 +29,30 @@ def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     return model
 
 
-def load_frozen(folder: Path, scale: ScaleSettings, *, beside: Any) -> Any:
-    """The model of a folder that is only looked at, `beside` one that is trained."""
+def load_frozen(folder: Path, preset: Preset, *, beside: Any) -> Any:
+    """The model of a folder that is only looked at, `beside` one that is trained.
+
+    It is held and computes as `scale` says, and is given trees or branches as `tree` says (`frozen`).
+
+    Raises:
+        StageError: it needs branches and trees are required, or it scales its logits.
+    """
+    is_narrow = preset.scale.precision == "bfloat16"
 
     def load() -> Any:
-        return load_policy(folder).requires_grad_(False)
+        model = load_policy(folder).requires_grad_(False)
+        try:
+            takes_trees(model, preset.tree)  # while it is in float32, in which that is seen
+        except StageError as error:
+            raise StageError(f"{folder}: {error}") from error
+        if is_narrow:
+            narrow(model)
+        return model
 
-    return _placed(load, scale, beside)
+    model = _placed(load, preset.scale, beside)
+    if is_narrow:
+        compute_in_bfloat16(model)
+    return model
 
 
 def load_sampler(folder: Path, preset: Preset, seed: int) -> Any:
@@ -72,18 +92,3 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def compute_in_bfloat16(model: Any) -> None:
-    """Products below the vocabulary projection in bfloat16; weights, and the optimizer's, in float32.
-
-    Not for an engine that samples: it has keys and values of its own, in float32.
-    """
-    inner = model.base_model
-    inner.forward = functools.partial(_in_bfloat16, inner.forward)
-
-
-def _in_bfloat16(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    is_training = kwargs.get("past_key_values") is None
-    with torch.autocast(kwargs["input_ids"].device.type, torch.bfloat16, enabled=is_training):
-        return forward(*args, **kwargs)

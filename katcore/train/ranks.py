@@ -79,6 +79,13 @@ def wait() -> None:
         dist.barrier()
 
 
+def make_room() -> None:
+    """Give the GPU what torch keeps of it for later passes; returns when all have."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    wait()
+
+
 @contextmanager
 def in_turn(num: int) -> Iterator[None]:
     """Inside is one process of each machine at a time, of the `num` that it has."""

@@ -19,7 +19,10 @@ Loss = Callable[[Any, Tensor], Ends]
 
 
 class _Chain:
-    """By layer, keys and values of a part, and the gradients that parts below have for them."""
+    """By layer, keys and values of a part, and the gradients that parts below have for them.
+
+    These are added up in at least float32: in bfloat16 a sum stops growing at 256 times what is added.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, KeyValue] = {}
@@ -38,7 +41,7 @@ class _Chain:
         """Add the gradients for some leaves."""
         if layer not in self._grads:
             key, value = self._seen[layer]
-            self._grads[layer] = torch.zeros_like(key), torch.zeros_like(value)
+            self._grads[layer] = _zeros(key), _zeros(value)
         for total, leaf in zip(self._grads[layer], leaves, strict=True):
             if leaf.grad is not None:
                 total[:, :, : leaf.shape[2]] += leaf.grad
@@ -47,7 +50,8 @@ class _Chain:
     def ends(self) -> Ends:
         """Where to go backwards from."""
         tensors = [tensor for layer in self._grads for tensor in self._seen[layer]]
-        return tensors, [grad for pair in self._grads.values() for grad in pair]
+        grads = [grad for pair in self._grads.values() for grad in pair]
+        return tensors, [grad.to(tensor.dtype) for tensor, grad in zip(tensors, grads, strict=True)]
 
 
 class _Past:
@@ -142,3 +146,7 @@ def backward(
 
 def _leaf(tensor: Tensor, num: int) -> Tensor:
     return tensor[:, :, :num].detach().requires_grad_()
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -73,7 +73,7 @@ class Scattered:
 
 
 class _Layer:
-    """A layer whose weights are elsewhere, those that are trained apart from those that are not."""
+    """A layer whose weights are elsewhere, those apart that are trained, and those of each precision."""
 
     def __init__(self, layer: Any, name: str, device: torch.device, place: torch.device) -> None:
         self._layer = layer
@@ -84,11 +84,10 @@ class _Layer:
             for own, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self.parts = [
-            _Part([one for one in places if one[2].requires_grad == is_trained], device, place)
-            for is_trained in (True, False)
-            if any(one[2].requires_grad == is_trained for one in places)
-        ]
+        alike: dict[tuple[bool, torch.dtype], list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        for one in places:
+            alike.setdefault((one[2].requires_grad, one[2].dtype), []).append(one)
+        self.parts = [_Part(own, device, place) for own in alike.values()]
         layer.forward = functools.partial(_again, self)
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:

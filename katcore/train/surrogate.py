@@ -23,6 +23,7 @@ from torch import Tensor
 from katcore.schema.sample import Sample
 from katcore.train import head, ranks
 from katcore.train.batch import TreeBatch, Weighting
+from katcore.train.frozen import hidden_at
 from katcore.train.objective import (
     FAR,
     Loss,
@@ -32,7 +33,6 @@ from katcore.train.objective import (
     refuse_unsampled,
     token_logprobs,
 )
-from katcore.train.policy import hidden
 from katcore.train.units import Level, Mean, Rows, Units, units
 
 PerToken = Mapping[str, Sequence[float]]
@@ -230,10 +230,8 @@ class Reference:
 
     def __call__(self, batch: TreeBatch, samples: Sequence[Sample]) -> Tensor:
         """Its log-probabilities after temperature."""
-        with torch.no_grad():
-            found = hidden(self._model, batch.ids_BT, batch.positions_BT, batch.mask_BTT)
-            hidden_ND = found.last_hidden_state.flatten(0, 1)[batch.at_N]
-            return head.logprobs(self._model, hidden_ND, batch.targets_N, self._temperature)
+        hidden_ND = hidden_at(self._model, batch, samples)
+        return head.logprobs(self._model, hidden_ND, batch.targets_N, self._temperature)
 
 
 class _Joined:

@@ -17,7 +17,7 @@ from katcore.config import Preset
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
 from katcore.settings import OptimizerSettings, ScaleSettings
-from katcore.train import checkpoint, head, lockstep, ranks, scattered
+from katcore.train import chance, checkpoint, head, lockstep, ranks, scattered
 from katcore.train.batch import Weighting, micro_batches, num_leaves
 from katcore.train.engine import Engine
 from katcore.train.layerwise import Layerwise
@@ -221,7 +221,7 @@ class Trainer:
             "scale": self._spread(),
             "extra": extra,
         }
-        own = {"optimizer": self._stepper.state(), "rng": torch.get_rng_state()}
+        own = {"optimizer": self._stepper.state(), "rng": chance.states(self.model.device)}
         checkpoint.write(path, self.step_number, whole, own)
 
     def load(self, path: Path) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class Trainer:
         whole, own = found
         self.model.load_state_dict(whole["model"], strict=False)
         self._stepper.load(own["optimizer"])
-        torch.set_rng_state(own["rng"])
+        chance.restore(own["rng"], self.model.device)
         self.step_number = whole["step"]
         extra: dict[str, Any] = whole["extra"]
         return extra

@@ -15,7 +15,10 @@ from katcore.budget.states import states
 from katcore.settings import LoraSettings, OptimizerSettings, ScaleSettings
 from katcore.train.layerwise import Layerwise
 from katcore.train.lora import add_adapters
+from katcore.train.precision import narrow
 from katcore.train.scattered import scatter
+from tests.budget.test_activation import CONFIGS as FAMILIES
+from tests.budget.test_activation import SHAPE
 from tests.budget.test_shape import TINY
 
 MODELS = [shape_of(config, name) for name, config in known_models().items()]
@@ -43,6 +46,17 @@ def test_a_float32_model_has_the_bytes_that_torch_holds_after_a_step() -> None:
     assert found.optimizer == sum(one.nbytes for one in moments)
     assert (found.copies, found.gathered, found.buckets, found.host) == (0, 0, 0, 0)
     assert found.frozen == found.weights
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_model_in_bfloat16_has_the_bytes_that_it_is_held_in(name: str, zero: int) -> None:
+    config = SHAPE | FAMILIES[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).requires_grad_(False)
+    narrow(model)
+    shards = scatter(model, ScaleSettings(zero=3)).shards if zero else []
+    found = states(shape_of(config, ""), scale(zero=zero)).frozen
+    assert found == _bytes([*shards, *model.parameters()])
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])

@@ -59,6 +59,7 @@ class FakeVllm:
         self.model: Any = _load(model)
         self.context, self.mode, self.key, self.names = context, mode, key, names
         self.takes_weights = takes_weights
+        self.precision = ""
         self.defaults: dict[str, Any] = {}
         self.trouble: web.Response | None = None
         self.spoil: Callable[[dict[str, Any]], None] = lambda _: None
@@ -78,6 +79,7 @@ class FakeVllm:
         app.router.add_post("/v1/completions", self._completions)
         if self.takes_weights:
             app.router.add_post("/pause", self._pause)
+            app.router.add_get("/server_info", self._info)
             app.router.add_post("/resume", self._resume)
             app.router.add_post("/collective_rpc", self._collective_rpc)
             app.router.add_post("/reset_prefix_cache", self._reset)
@@ -111,6 +113,12 @@ class FakeVllm:
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
+
+    async def _info(self, _: web.Request) -> web.Response:
+        if not self.precision:
+            raise web.HTTPNotFound
+        shown = f"model='m', dtype=torch.{self.precision}, kv_cache_dtype=auto, max_seq_len=8"
+        return web.json_response({"vllm_config": shown})
 
     async def _models(self, _: web.Request) -> web.Response:
         cards = [

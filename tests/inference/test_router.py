@@ -169,6 +169,82 @@ async def test_when_all_have_failed_the_error_is_an_engine_s() -> None:
     await router.close()
 
 
+class Sleeper(Fake):
+    """One that shares its GPUs, and notes when it is on them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.is_awake = True
+        self.num_tried = 0
+        self.is_tried = asyncio.Event()
+
+    async def sleep(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.is_awake = False
+
+
+async def waking(router: Router, version: str) -> None:
+    async def change(engine: Sleeper) -> None:
+        engine.num_tried += 1
+        engine.is_tried.set()
+        await engine.let.wait()
+        if engine.error is not None:
+            raise engine.error
+        engine.version, engine.is_awake = version, True
+
+    await router.renew(change)
+
+
+async def test_while_the_trainer_steps_none_is_opened_again() -> None:
+    fakes = [Sleeper(0), Sleeper(1)]
+    router = Router(fakes)
+    await waking(router, "1")
+    home = await asked(router, "s")
+    fakes[home].error = EngineGoneError("connection refused")
+    assert await asked(router, "s") == 1 - home
+    await router.sleep()
+    num = fakes[home].num_tried
+    fakes[home].error = None
+    await router.sleep()
+    await asyncio.sleep(0.2)
+    assert [fake.is_awake for fake in fakes] == [False, False]
+    assert fakes[home].num_tried == num
+    await waking(router, "2")
+    await asyncio.sleep(0.1)
+    assert [(fake.is_awake, fake.version) for fake in fakes] == [(True, "2")] * 2
+    assert {await asked(router, f"t{number}", (number,)) for number in range(20)} == {0, 1}
+    await router.close()
+
+
+async def test_who_is_being_opened_sleeps_when_that_is_done() -> None:
+    fakes = [Sleeper(0), Sleeper(1)]
+    router = Router(fakes)
+    await waking(router, "1")
+    home = await asked(router, "s")
+    fakes[home].error = EngineGoneError("connection refused")
+    await asked(router, "s")
+    fakes[home].error = None
+    fakes[home].let.clear()
+    fakes[home].is_tried.clear()
+    await fakes[home].is_tried.wait()
+    going = asyncio.create_task(router.sleep())
+    await asyncio.sleep(0.05)
+    assert not going.done(), "the trainer waits for it"
+    fakes[home].let.set()
+    await going
+    assert [fake.is_awake for fake in fakes] == [False, False]
+    await router.close()
+
+
+async def test_one_that_does_not_sleep_is_an_error_unless_it_was_away() -> None:
+    router = Router([Sleeper(0), Sleeper(1)])
+    router._places[0].engine.error = EngineError("does not sleep")  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="does not sleep"):
+        await router.sleep()
+    await router.close()
+
+
 async def test_one_that_is_busy_is_not_away_and_a_wrong_request_is_wrong_everywhere() -> None:
     fakes = [Fake(0, EngineBusyError("later")), Fake(1, EngineBusyError("later"))]
     router = Router(fakes)

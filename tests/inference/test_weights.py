@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from katcore.errors import EngineError
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.embedded import EmbeddedEngine, open_engine
-from katcore.inference.vllm import VllmEngine
+from katcore.inference.vllm import Elsewhere, VllmEngine
 from katcore.protocols import SupportsSleep, SupportsWeights
 from katcore.train.policy import load_policy
 from tests.inference.fake_vllm import FakeVllm
@@ -129,6 +129,16 @@ async def test_a_server_with_an_adapter_keeps_the_weights_below_it(
     assert fake.model is not None
     await engine.load_weights(write_adapter(tmp_path / "b", 2), "2")
     assert (await engine.generate(request("s", PROMPT))).policy_version == "2"
+
+
+async def test_a_server_that_has_ended_is_not_started_to_sleep(model_folder: Path) -> None:
+    class Ended(Elsewhere):
+        def runs(self) -> bool:
+            return False
+
+    engine = VllmEngine(Ended("http://127.0.0.1:9"), ChatTokenizer(model_folder))
+    await engine.sleep()
+    await engine.close()
 
 
 async def test_a_server_whose_new_weights_fail_does_not_keep_callers_waiting(

@@ -73,7 +73,10 @@ class Breaks(Sft):
 def stepper(trainer: Trainer, objective: str, scale: ScaleSettings) -> Callable[[], Metrics]:
     """What takes a step of an objective."""
     if objective == "rl":
-        learner = Learner(trainer, RL, None, seed=0, at_once=1)
+        reference = small_model().to(trainer.model.dtype).requires_grad_(False)
+        if scale.zero == 3:
+            scatter(reference, scale, beside=trainer.model)
+        learner = Learner(trainer, RL, None, seed=0, at_once=1, reference=reference)
         return lambda: asyncio.run(learner.learn(samples()))
     if objective == "sft":
         return lambda: trainer.update(samples(), Sft())

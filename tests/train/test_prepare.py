@@ -9,7 +9,8 @@ import torch
 from katcore.train.engine import Engine
 from katcore.train.measure import _Held
 from katcore.train.objective import Sft
-from katcore.train.prepare import compute_in_bfloat16, recompute
+from katcore.train.precision import compute_in_bfloat16
+from katcore.train.prepare import recompute
 from tests.train.architectures import tiny
 from tests.train.trees import gradients, sample
 

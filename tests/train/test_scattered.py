@@ -1,4 +1,4 @@
-"""A scattered model writes what the whole one would, and a copy of it stays as it was."""
+"""A scattered model writes what the whole one would, and one beside it stays as it was."""
 
 import copy
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from katcore.settings import ScaleSettings
-from katcore.train.lockstep import copied
 from katcore.train.policy import hidden, save_policy
+from katcore.train.scattered import scatter
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.architectures import tiny
 
@@ -32,12 +32,12 @@ def test_gathered_weights_are_written_as_those_of_a_whole_model(tmp_path: Path, 
         assert torch.equal(weight, end[key])
 
 
-def test_a_copy_stays_as_it_was() -> None:
+def test_one_beside_it_stays_as_it_was() -> None:
     ids = torch.arange(5)[None]
-    model = tiny("llama")
+    model, kept = tiny("llama"), tiny("llama")
     wanted = hidden(copy.deepcopy(model), ids, ids, None).last_hidden_state
     trainer = Trainer(model, Schedule(0.0, 1), scale=SCATTERED)
-    kept = copied(model)
+    scatter(kept, SCATTERED, beside=model)
     with torch.no_grad():
         for shard in model.scattered.shards:
             shard += 1.0

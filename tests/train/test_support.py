@@ -1,6 +1,7 @@
 """Models that cannot be given trees are found out, and then trained on branches, or refused."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
     MambaConfig,
@@ -15,11 +17,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from katcore.config import LoraSettings, Preset
 from katcore.errors import StageError
 from katcore.schema.sample import Sample
+from katcore.settings import ScaleSettings
 from katcore.train.batch import collate
 from katcore.train.layout import packed, unrolled
 from katcore.train.objective import Sft
+from katcore.train.prepare import load_trainable
 from katcore.train.support import refusal, takes_trees
 from katcore.train.trainer import Schedule, Trainer
 from tests.train.architectures import CONFIGS, SHAPE, tiny
@@ -75,7 +80,7 @@ def test_others_say_why_and_are_trained_on_branches(
     model = built(config)
     with caplog.at_level(logging.WARNING):
         trainer = Trainer(model, Schedule(1e-2, 10))
-    (record,) = caplog.records
+    (record,) = (one for one in caplog.records if one.name == "katcore.train.support")
     assert reason in record.getMessage()
     batch = collate([tree()], layout=unrolled)
     apart = logits_of_branches(model, [tree()])
@@ -88,7 +93,7 @@ def test_others_say_why_and_are_trained_on_branches(
 @pytest.mark.parametrize("name", WITHOUT)
 def test_required_trees_are_an_error(name: str) -> None:
     config, reason = WITHOUT[name]
-    with pytest.raises(StageError, match=f"cannot be trained on token trees: .*{reason}"):
+    with pytest.raises(StageError, match=f"cannot be given token trees: .*{reason}"):
         Trainer(built(config), Schedule(1e-2, 10), trees="required")
 
 
@@ -121,10 +126,59 @@ def test_what_rounding_does_to_a_deep_model_is_no_reason(size: float, reason: st
     assert bool(refusal(model)) == bool(reason)
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
-    config = CohereConfig(**SHAPE, logit_scale=0.5, pad_token_id=0)
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**SHAPE, logit_scale=0.5, pad_token_id=0),
+        Gemma2Config(**SHAPE, head_dim=8, sliding_window=3, final_logit_softcapping=2.0),
+    ],
+    ids=["scaled", "capped, behind a window"],
+)
+def test_a_model_that_scales_its_logits_is_refused(config: PreTrainedConfig) -> None:
     with pytest.raises(StageError, match="scale or cap"):
         takes_trees(built(config))
+
+
+def in_bfloat16(config: PreTrainedConfig, folder: Path, **given: Any) -> Any:
+    """A model as a preset in bfloat16 has it trained."""
+    built(config).save_pretrained(folder)
+    scale = ScaleSettings(precision="bfloat16", **given.pop("scale", {}))
+    return load_trainable(folder, Preset(name="p", summary="", scale=scale, **given), 0)
+
+
+@pytest.mark.parametrize("given", [{}, {"scale": {"recompute": True}}, {"scale": {"zero": 3}}])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_in_bfloat16_too_trees_are_used(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    """Whose rounding is no reason to refuse: it is larger than what a small tree shows."""
+    model = in_bfloat16(CONFIGS[name], tmp_path, **given)
+    trainer = Trainer(model, Schedule(1e-2, 10), trees="required")
+    assert trainer._engine.layout is None
+    ids = torch.tensor([[1, 2, 3]])
+    hidden = [
+        one.base_model(input_ids=ids).last_hidden_state for one in (model, built(CONFIGS[name]))
+    ]
+    assert 1e-4 < relative(*hidden) < 0.1, "it computes in bfloat16 all the same"
+
+
+def test_in_bfloat16_adapters_are_trained_on_trees_and_a_window_is_seen(tmp_path: Path) -> None:
+    lora = LoraSettings(rank=2)
+    adapted = in_bfloat16(CONFIGS["qwen3"], tmp_path / "adapted", lora=lora)
+    assert takes_trees(adapted, "required")
+    windowed = in_bfloat16(WITHOUT["window"][0], tmp_path / "windowed")
+    with pytest.raises(StageError, match="sliding_window=3"):
+        Trainer(windowed, Schedule(1e-2, 10), trees="required")
+
+
+def test_in_bfloat16_a_token_that_is_seen_by_mistake_is_noticed(tmp_path: Path) -> None:
+    model = in_bfloat16(CONFIGS["llama"], tmp_path)
+    layer = model.model.layers[0]
+    plain = layer.forward
+
+    def mixing(hidden: torch.Tensor, **options: Any) -> Any:
+        return plain(hidden + 1e-3 * hidden.roll(1, dims=1), **options)
+
+    layer.forward = mixing
+    assert "apart from those of its branches" in refusal(model)
 
 
 def test_a_window_changes_what_a_packed_tree_gives() -> None:
