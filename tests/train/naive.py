@@ -136,7 +136,7 @@ def _cost(name: str, logit: Tensor, tree: Sample, token: int, number: int, told:
     heat = shape.temperature
     p, q = (logit / heat).log_softmax(0), (told.taught[number] / heat).log_softmax(0)
     if name == "policy-gradient":
-        difference = max(-shape.most, min(shape.most, float(q[said] - p[said])))
+        difference = max(-shape.most, min(shape.most, float((q[said] - p[said]).detach())))
         gain = told.rows[0][_answers(tree)[token]] + shape.strength * difference
         ratio = (p[said] - tree.logprobs[token]).exp()
         return -_least(ratio, gain, shape.clip_low, shape.clip_high)
