@@ -9,7 +9,7 @@ Proven against separate branches in tests/train/test_surrogate.py.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -93,15 +93,27 @@ def _nested(
         said = [share_of * rows[0][number] for share_of, number in zip(share, turn, strict=True)]
         plus, minus = [max(value, 0.0) for value in said], [min(value, 0.0) for value in said]
     else:
-        plus, minus = [0.0] * len(last), [0.0] * len(last)
-        unit_at = {at: unit for unit, at in enumerate(last)}
-        for row, path in zip(rows, branches(sample.parents), strict=True):
-            for unit in (unit_at[at] for at in path if at in unit_at):
-                value = part(unit, path[-1]) * row[turn[unit]]
-                plus[unit] += max(value, 0.0)
-                minus[unit] += min(value, 0.0)
+        plus, minus = _signed(sample, rows, last, turn, part)
     weight = 1.0 if mean == "rollout" else sum(share)
     return Units(list(range(len(trained))), of, plus, minus, [each[unit] for unit in of], weight)
+
+
+def _signed(
+    sample: Sample,
+    rows: Rows,
+    last: Sequence[int],
+    turn: Sequence[int],
+    part: Callable[[int, int], float],
+) -> tuple[list[float], list[float]]:
+    """What branches say for and against each unit; `part(unit, leaf)` is what it counts in one of them."""
+    plus, minus = [0.0] * len(last), [0.0] * len(last)
+    unit_at = {at: unit for unit, at in enumerate(last)}
+    for row, path in zip(rows, branches(sample.parents), strict=True):
+        for unit in (unit_at[at] for at in path if at in unit_at):
+            value = part(unit, path[-1]) * row[turn[unit]]
+            plus[unit] += max(value, 0.0)
+            minus[unit] += min(value, 0.0)
+    return plus, minus
 
 
 def _whole(sample: Sample, rows: Rows) -> Units:

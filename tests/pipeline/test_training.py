@@ -40,6 +40,7 @@ DISTILL = {
     "domains": {"shell": AGENT | {"teacher": "m/rl"}},
     **ROLLOUTS,
 }
+ONCE = {"weighting": "once"}
 RL_STEPS = {"steps": 3, "prompts": 2, "group": 2, "epochs": 1, "checkpoint_every": 9}
 
 
@@ -97,8 +98,9 @@ def curve(out: Path) -> list[dict[str, float]]:
 def test_each_begins_with_what_the_one_before_made(folder: Path) -> None:
     configs = {
         "sft": SFT | {"sft": {"steps": 3, "batch": 4}},
-        "rl": RL | {"model": "m/sft", "rl": RL_STEPS | {"steps": 2}},
+        "rl": RL | ONCE | {"model": "m/sft", "rl": RL_STEPS | {"steps": 2, "kl": 0.1}},
         "distill": DISTILL
+        | ONCE
         | {"model": "m/sft", "distill": {"steps": 2, "prompts": 2, "mean": "domain", "group": 2}},
     }
     outs = {"sft": "sft", "rl": "rl", "distill": "unified"}
@@ -121,6 +123,7 @@ def test_each_begins_with_what_the_one_before_made(folder: Path) -> None:
             "reward",
             "clip_rate",
             "kl_old",
+            "kl",
             "entropy",
             "infra_failed_rate",
             "sampled_per_s",

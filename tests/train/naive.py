@@ -32,6 +32,7 @@ DIVERGENCES = {
     "reverse-kl": Divergence(),
     "top-k": Divergence("top-k", k=4),
     "policy-gradient": Divergence("policy-gradient", most=1.0, temperature=0.8),
+    "likelihood": Divergence("likelihood"),
 }
 OBJECTIVES = ("sft", *SURROGATES, *DIVERGENCES)
 Total = tuple[Tensor, float]
@@ -130,7 +131,7 @@ def _token_mean(name: str, model: Any, tree: Sample, told: Given, weighting: Wei
 
 def _cost(name: str, logit: Tensor, tree: Sample, token: int, number: int, told: Given) -> Tensor:
     said = tree.tokens[token]
-    if name == "sft":
+    if name in ("sft", "likelihood"):
         return -logit.log_softmax(0)[said]
     shape = DIVERGENCES[name]
     heat = shape.temperature
