@@ -60,7 +60,7 @@ def _experts(module: nn.Module) -> list[nn.Parameter]:
 def _rounded(module: Any, forward: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
     if not torch.is_autocast_enabled(hidden.device.type):
         return forward(hidden, *args)
-    own = dict(module._parameters)
+    own = {name: weight for name, weight in module._parameters.items() if weight is not None}
     try:
         # Not as parameters: gradients go through the rounding to those.
         module._parameters.update({name: own[name].to(torch.bfloat16) for name in own})
