@@ -22,7 +22,7 @@ class Precision:
     """What passes compute in: numbers of `element` bytes.
 
     With `is_mixed` weights are float32 and products bfloat16: each product keeps a copy of its input, and
-    what lies between products is float32. Experts are, too: autocast knows nothing of their products.
+    what lies between products is float32, but inside of experts.
     """
 
     element: int = 4
@@ -42,7 +42,7 @@ def layer_bytes(shape: Shape, precision: Precision, lora: LoraSettings | None = 
     dense = 4 * element * shape.intermediate
     sparse = 0
     if shape.sparse_layers:
-        one = (4 if is_mixed else element) * (2 * hidden + 4 * shape.expert_intermediate)
+        one = element * (2 * hidden + 4 * shape.expert_intermediate)
         sparse = shape.experts_per_token * (one + 40) + 8 * shape.experts
     mlp = sparse if shape.sparse_layers == shape.layers else max(dense, sparse)
     return kept + mlp + (_adapter_bytes(shape, element, lora) if lora else 0)

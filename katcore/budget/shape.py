@@ -76,6 +76,11 @@ class Shape:
         return self.layers * attention + dense + self.sparse_layers * self.experts * self.expert
 
     @property
+    def routers(self) -> int:
+        """Of what sends tokens to experts."""
+        return self.sparse_layers * self.hidden * self.experts
+
+    @property
     def ends(self) -> int:
         """Of what is no layer: embedding, last norm, output projection."""
         return self.embedding * (1 if self.is_tied else 2) + self.hidden

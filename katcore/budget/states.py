@@ -1,11 +1,11 @@
 """Weights, gradients and optimizer of one process, alone or spread by DeepSpeed's ZeRO (arXiv 1910.02054).
 
 With P parameters, T of them trained, N processes: up to stage 2 a process holds all weights in float32, 4 P
-bytes, and with bfloat16 their copies for passes besides, 2 P; gradients of 4 T; and AdamW's moments, 8 T.
-Stages 1 and 2 divide the moments by N, and the weights that they change and the sum of gradients, 4 T each; a
-second set of whole gradients is there while they are handed over. Stage 3 divides all by N but what is no
-layer, and has one layer whole at a time; of frozen models, too. These have in bfloat16 what they multiply
-with, but for the output projection. Offloaded, its optimizer has weights and
+bytes, and with bfloat16 copies of what layers multiply with besides, at most 2 P; gradients of 4 T; and
+AdamW's moments, 8 T. Stages 1 and 2 divide the moments by N, and the weights that they change and the sum
+of gradients, 4 T each; a second set of whole gradients is there while they are handed over. Stage 3 divides
+all by N but what is no layer, and has one layer whole at a time; of frozen models, too. These have in
+bfloat16 what they multiply with, but for the output projection. Offloaded, its optimizer has weights and
 gradients of its own in main memory, 16 T / N with the moments; with `offload: all` they are the only ones.
 
 tests/budget/test_states.py compares with what torch holds, and with DeepSpeed's estimators.
@@ -51,7 +51,7 @@ def states(shape: Shape, scale: ScaleSettings, lora: LoraSettings | None = None)
     trained = adapters or total
     if scale.zero == 3:
         return _layerwise(shape, scale, adapters)
-    copies = 2 * (total - shape.embedding * (not shape.is_tied)) if _is_narrow(scale) else 0
+    copies = 2 * (shape.products + shape.routers + adapters) if _is_narrow(scale) else 0
     frozen = 4 * shape.num_parameters - _narrowed(shape, scale)
     if not scale.zero:
         buckets = 4 * min(trained, _SUM) if scale.world > 1 else 0
@@ -87,7 +87,7 @@ def _layerwise(shape: Shape, scale: ScaleSettings, adapters: int) -> States:
     }[scale.offload]
     return States(
         weights=int(4 * (shards * is_here + ends)),
-        copies=2 * shape.embedding if _is_narrow(scale) else 0,
+        copies=0,
         frozen=int(frozen / scale.world * is_here + 4 * ends),
         gradients=int(4 * (learnt * is_here + whole)),
         optimizer=int(8 * (learnt + whole)) if scale.offload == "none" else 0,

@@ -98,7 +98,7 @@ async def _precision(client: VllmClient) -> str:
         raise
     except EngineError:
         return ""
-    found = re.search(r"\bdtype=torch\.(\w+)", str(said["vllm_config"]))
+    found = re.search(r"\bdtype=torch\.(\w+)", str(said))
     return found[1] if found else ""
 
 

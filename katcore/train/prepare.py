@@ -21,11 +21,16 @@ from katcore.train.support import takes_trees
 
 def load_trainable(folder: Path, preset: Preset, seed: int) -> Any:
     """The model of a folder, as a preset's `lora` and `scale` say."""
-    model = _placed(lambda: _adapted(folder, preset, seed), preset.scale)
+
+    def load() -> Any:
+        model = _adapted(folder, preset, seed)
+        if preset.scale.precision == "bfloat16":
+            compute_in_bfloat16(model)
+        return model
+
+    model = _placed(load, preset.scale)
     if preset.scale.recompute and preset.scale.zero < 3:  # which does so anyway
         recompute(model)
-    if preset.scale.precision == "bfloat16":
-        compute_in_bfloat16(model)
     return model
 
 
@@ -37,7 +42,6 @@ def load_frozen(folder: Path, preset: Preset, *, beside: Any) -> Any:
     Raises:
         StageError: it needs branches and trees are required, or it scales its logits.
     """
-    is_narrow = preset.scale.precision == "bfloat16"
 
     def load() -> Any:
         model = load_policy(folder).requires_grad_(False)
@@ -45,14 +49,12 @@ def load_frozen(folder: Path, preset: Preset, *, beside: Any) -> Any:
             takes_trees(model, preset.tree)  # while it is in float32, in which that is seen
         except StageError as error:
             raise StageError(f"{folder}: {error}") from error
-        if is_narrow:
+        if preset.scale.precision == "bfloat16":
             narrow(model)
+            compute_in_bfloat16(model)
         return model
 
-    model = _placed(load, preset.scale, beside)
-    if is_narrow:
-        compute_in_bfloat16(model)
-    return model
+    return _placed(load, preset.scale, beside)
 
 
 def load_sampler(folder: Path, preset: Preset, seed: int) -> Any:

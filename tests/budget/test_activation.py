@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from katcore.budget.activation import Precision, activation_bytes, layer_bytes
 from katcore.budget.shape import shape_of
+from katcore.train.precision import compute_in_bfloat16
 
 TOKENS = 200
 SHAPE: dict[str, Any] = {
@@ -49,6 +50,8 @@ def kept_bytes(config: dict[str, Any], precision: Precision, *, is_recomputed: b
     if is_recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    if precision.is_mixed:
+        compute_in_bfloat16(model)
     shapes = {one.shape for one in model.parameters()}
     shapes |= {one.mT.shape for one in model.parameters() if one.dim() > 1}
     shapes |= {one.shape[1:] for one in model.parameters() if one.dim() > 2}
@@ -64,10 +67,7 @@ def kept_bytes(config: dict[str, Any], precision: Precision, *, is_recomputed: b
             kept.append(tensor)
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision.is_mixed),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ids = torch.randint(0, 64, (1, TOKENS))
         out = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     assert out.requires_grad
