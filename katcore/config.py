@@ -238,7 +238,7 @@ def learning_rate(
 
 def check_balance(balance: float, lora: LoraSettings | None) -> None:
     """Raise ValueError if the routers that a load-balancing loss is about are not trained."""
-    if balance and lora and not {"gate", "router"} & set(lora.targets):
+    if balance and lora:
         raise ValueError(
             "balance is for routers that learn, and with lora they stay as they are: set balance: 0, or train"
             " all weights"

@@ -148,7 +148,8 @@ class LoraSettings(Settings):
     """Low-rank adapters instead of all weights (arXiv 2106.09685).
 
     A layer's output has `alpha` / `rank` times that of its adapter added. `targets` are names of layers, such
-    as `[q_proj, v_proj]`, or all linear layers but the output projection (`all-linear`).
+    as `[q_proj, v_proj]`, or all linear layers but the output projection (`all-linear`). Routers, and experts
+    that are one weight for all of a layer, are none.
     """
 
     rank: int = Field(default=16, ge=1)

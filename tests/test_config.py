@@ -155,8 +155,6 @@ def test_adapters_take_larger_learning_rates() -> None:
 def test_routers_that_are_not_trained_cannot_be_balanced(tmp_path: Path) -> None:
     path = preset(tmp_path, "{}")
     text = path.read_text()
-    path.write_text(f"{text}balance: 0.001\nlora: {{targets: [q_proj, gate]}}\n")
-    load_preset(str(path))
     path.write_text(f"{text}balance: 0.001\nlora: {{}}\n")
     with pytest.raises(
         ConfigError, match=r"p\.yaml: balance is for routers that learn, .* set balance: 0"

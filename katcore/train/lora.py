@@ -29,7 +29,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     """Freeze all weights and put adapters beside them, which change nothing yet.
 
     Raises:
-        StageError: there is no linear layer of a name in `targets`.
+        StageError: there is no linear layer of a name in `targets`, or experts or routers have it.
     """
     targets = settings.targets
     config = LoraConfig(
@@ -37,12 +37,19 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         # One that is no whole number peft takes as it is, whatever its annotation says.
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=targets if targets == "all-linear" else list(targets),
+        # Its own `all-linear` would have experts and routers, too.
+        target_modules=_linear(model) if targets == "all-linear" else list(targets),
     )
     try:
         inject_adapter_in_model(config, model, _NAME)
     except ValueError as error:
         raise StageError(f"lora.targets does not fit {type(model).__name__}: {error}") from error
+    if others := config.target_parameters:
+        raise StageError(
+            f"lora.targets does not fit {type(model).__name__}: its {', '.join(sorted(others))} are weights of"
+            " experts or routers, which take no adapters; name layers that only others have, such as"
+            " [q_proj, k_proj, v_proj, o_proj]"
+        )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -50,6 +57,16 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
             bound = 1 / math.sqrt(parameter.shape[1])
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
     model.eval()
+
+
+def _linear(model: Any) -> list[str]:
+    """All linear layers but the output projection."""
+    last = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not last
+    ]
 
 
 @contextmanager

@@ -60,6 +60,16 @@ def test_a_tree_is_the_mean_of_its_branches(name: str, max_tokens: int) -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_experts_and_routers_have_no_adapters(name: str) -> None:
+    model = adapted(tiny(name))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(StageError, match=r"experts or routers, which take no adapters"):
+        adapted(tiny(name), targets=("q_proj", "down_proj" if name == "qwen3-moe" else "w2"))
+
+
 def test_adapters_change_nothing_until_they_are_trained() -> None:
     plain = small_model()
     wanted = plain(IDS).logits
@@ -67,8 +77,9 @@ def test_adapters_change_nothing_until_they_are_trained() -> None:
     assert not torch.equal(stirred(adapted(plain))(IDS).logits, wanted)
 
 
-def test_what_is_written_is_the_model_that_was_trained(tmp_path: Path) -> None:
-    start = tiny("llama")
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_what_is_written_is_the_model_that_was_trained(tmp_path: Path, name: str) -> None:
+    start = tiny(name)
     start.save_pretrained(tmp_path / "start")
     model = stirred(adapted(start))
     wanted = model(IDS).logits
@@ -77,6 +88,7 @@ def test_what_is_written_is_the_model_that_was_trained(tmp_path: Path) -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
     torch.testing.assert_close(model(IDS).logits, wanted, rtol=1e-10, atol=1e-10)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float64)
+    plain.config._experts_implementation = "eager"  # grouped products know no float64
     by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").double().eval()
     assert by_peft(IDS).logits.sub(wanted).abs().max() < 1e-4  # its norms compute in float32
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_bytes())
