@@ -46,7 +46,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         raise StageError(f"lora.targets does not fit {type(model).__name__}: {error}") from error
     if others := config.target_parameters:
         raise StageError(
-            f"lora.targets does not fit {type(model).__name__}: its {', '.join(sorted(others))} are weights of"
+            f"lora.targets does not fit {type(model).__name__}: its {', '.join(sorted(others))} are of"
             " experts or routers, which take no adapters; name layers that only others have, such as"
             " [q_proj, k_proj, v_proj, o_proj]"
         )
