@@ -143,7 +143,8 @@ app.command("import")(capture.imported)
 @app.command()
 def train(  # noqa: PLR0913 - one argument for each option
     config: Annotated[
-        Path | None, typer.Argument(help="A preset's YAML, or a training's; instead of --preset.")
+        Path | None,
+        typer.Argument(help="A preset's name or YAML, or a training's; instead of --preset."),
     ] = None,
     preset: PresetName = "nano",
     experts: Experts = "",

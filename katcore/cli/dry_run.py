@@ -169,11 +169,17 @@ def _step(one: StageReport) -> str:
 
 
 def training_verb(path: Path) -> str:
-    """Which of sft, rl and distill a training's file is for; "" for a preset."""
+    """Which of sft, rl and distill a training's file is for; "" for a preset, by its name or file."""
     import yaml
 
+    from katcore.config import preset_names
     from katcore.errors import ConfigError
 
+    if not path.exists():
+        if str(path) in preset_names():
+            return ""
+        names = ", ".join(preset_names())
+        raise ConfigError(f"{path}: no such file, and no preset of that name; there are {names}")
     try:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:

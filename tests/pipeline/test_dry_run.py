@@ -147,6 +147,13 @@ def test_files_are_told_apart(tmp_path: Path, text: str, verb: str) -> None:
     assert training_verb(tmp_path / "file.yaml") == verb
 
 
+def test_a_preset_may_be_named_as_a_file_is() -> None:
+    assert record("gpu8")["stages"] == record("--preset", "gpu8")["stages"]
+    result = CliRunner().invoke(app, ["train", "gpu9", "--dry-run"])
+    assert result.exit_code == 2
+    assert "no preset of that name; there are cluster, gpu8" in " ".join(result.stderr.split())
+
+
 def test_several_machines_meet_by_torchrun() -> None:
     line = shlex.join(launched(ScaleSettings(processes=8, nodes=2), ["sft", "x.yaml"]))
     assert line.startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d")
