@@ -66,6 +66,8 @@ class RlSettings(Settings):
     `lr` is 1e-6 where it is not given, and with adapters 1e-5. It should not be above the one that
     fine-tuning ended with: a higher one undoes what it learnt.
     `tasks`: all, or those without a demonstration (`unseen`), whose answers SFT has not learnt by heart.
+    A step attempts `prompts` of them, `group` times each. Where all attempts at a task had one reward nothing
+    is learnt; others are attempted in its place, up to `resample` times `prompts` more.
     `discount` is what a turn earns of the turn after it; at 1 all turns of a rollout have its reward.
     `baseline` is what a turn is compared with: all turns of its group, scaled (`group`, as GRPO), or the same
     turn in the group's other rollouts (`turn`), which also tells quick successes from slow ones.
@@ -86,6 +88,7 @@ class RlSettings(Settings):
     steps: int = 24
     tasks: Literal["all", "unseen"] = "all"
     prompts: int = 32
+    resample: int = Field(default=0, ge=0)
     group: int = 8
     lr: float | None = Field(default=None, ge=0)
     warmup: int = 4

@@ -5,7 +5,7 @@ estimated by task group (a kind, a package), so that it is known of tasks that w
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from katcore.schema.rollout import Rollout
 from katcore.schema.task import Task
@@ -50,3 +50,28 @@ class Frontier:
     def _weight(self, task: Task) -> float:
         rate = self.rates.get(task.group, 0.5)
         return rate * (1 - rate) + _FLOOR
+
+
+async def with_differences(
+    make: Callable[[Sequence[Task]], Awaitable[list[Rollout]]], tasks: Sequence[Task], num: int
+) -> list[Rollout]:
+    """What `make` makes of the first `num` tasks, and of the next ones in place of those that teach nothing.
+
+    These are the ones whose rollouts all had one reward (dynamic sampling of DAPO, arXiv 2503.14476). It ends
+    with the tasks. `make` is given all so far, and makes what it has not made.
+    """
+    at_once = num
+    while True:
+        made = await make(tasks[:at_once])
+        missing = num - _num_with_difference(made)
+        if missing <= 0 or at_once >= len(tasks):
+            return made
+        at_once += missing
+
+
+def _num_with_difference(rollouts: Iterable[Rollout]) -> int:
+    rewards: dict[str, set[float]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            rewards.setdefault(rollout.task_id, set()).add(rollout.reward)
+    return sum(len(found) > 1 for found in rewards.values())

@@ -6,7 +6,7 @@ updates each (`learner`), or with some that are a few steps older (`serve.stalen
 
 import asyncio
 import statistics
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from katcore.config import is_first_process, learning_rate
 from katcore.errors import StageError
 from katcore.pipeline.engines import Engines, open_engines
-from katcore.pipeline.frontier import Frontier
+from katcore.pipeline.frontier import Frontier, with_differences
 from katcore.pipeline.learner import Learner
 from katcore.pipeline.rollouts import (
     Rollouts,
@@ -107,9 +107,12 @@ class _Loop:
         parts = rollouts.parts(self._expert, sampling)
 
         def make(step: int) -> Coroutine[Any, Any, list[Rollout]]:
+            def attempted(tasks: Sequence[Task]) -> Coroutine[Any, Any, list[Rollout]]:
+                work = [(attempt, parts) for attempt in self._attempts(engine, tasks, step)]
+                return self._made.make(rollouts, work, step)
+
             # Chosen by the rates of now, whenever the first of them is begun.
-            work = [(attempt, parts) for attempt in self._attempts(engine, step)]
-            return self._made.make(rollouts, work, step)
+            return with_differences(attempted, self._tasks(step), self._settings.prompts)
 
         return make
 
@@ -130,6 +133,7 @@ class _Loop:
             self._frontier.learn(made)
             samples = await stream.aside(samples_of, job, self._expert, made)
             metrics["failed"] = sum(len(one.failed) for one in samples) / max(1, len(samples))
+            metrics["tasks"] = float(len({rollout.task_id for rollout in made}))
             metrics |= await learner.learn(samples)
             metrics |= {"pass_rate": self._frontier.pass_rate} | stream.shares()
             self._rewards.append(metrics["reward"])
@@ -147,13 +151,17 @@ class _Loop:
         self._chosen = dict(saved.get("chosen", {}))
         self._made = StepRollouts(self._job.out / "rollouts.jsonl", "rl", len(self._rewards))
 
-    def _attempts(self, engine: Engine, step: int) -> Iterator[Attempt]:
+    def _tasks(self, step: int) -> list[Task]:
+        """Those of a step, and then those that may take their places."""
         if step not in self._chosen:
-            tasks = self._frontier.choose(self._settings.prompts, step)
-            self._chosen[step] = [task.id for task in tasks]
-        for name in self._chosen[step]:
+            num = self._settings.prompts * (1 + self._settings.resample)
+            self._chosen[step] = [task.id for task in self._frontier.choose(num, step)]
+        return [self._by_id[name] for name in self._chosen[step]]
+
+    def _attempts(self, engine: Engine, tasks: Iterable[Task], step: int) -> Iterator[Attempt]:
+        for task in tasks:
             for number in range(self._settings.group):
-                yield Attempt(self._by_id[name], engine, number, self._made.label(step))
+                yield Attempt(task, engine, number, self._made.label(step))
 
     def _save(self) -> None:
         self._trainer.save(
