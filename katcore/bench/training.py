@@ -29,12 +29,12 @@ from katcore.train.measure import (
 
 POR = (0.0, 0.3, 0.5, 0.7, 0.846, 0.9)
 _LONGER = {"opencode": 5, "openclaw": 2}
-"""Recorded sessions that are there once more, so many times as large."""
+"""Recorded sessions that may be there once more, so many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How many tokens a tree has, how often each way is timed, and the model.
+    """How many tokens a tree has, how often each way is timed, the model, and whether larger trees follow.
 
     `max_tokens` bounds what is computed at once, as `micro_batch_tokens` does in a run.
     """
@@ -43,12 +43,14 @@ class Settings:
     rounds: int = 5
     hidden: int = 320
     layers: int = 8
+    has_larger: bool = False
     max_tokens: int = 8192
 
     @property
     def num_parts(self) -> int:
         """How many times a progress bar moves."""
-        return 1 + len(SHAPES) * (len(POR) - 1) + len(sessions()) + len(_LONGER)
+        num_longer = len(_LONGER) if self.has_larger else 0
+        return 1 + len(SHAPES) * (len(POR) - 1) + len(sessions()) + num_longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +97,26 @@ def run(settings: Settings, step: Callable[[str], None]) -> Report:
     model = model_settings(settings.hidden, settings.layers, settings.tokens)
     steps = Steps(model)
     rows = []
-    for shape, sample in _trees(settings.tokens, model.vocabulary):
+    for shape, sample in _trees(settings, model.vocabulary):
         step(shape)
         rows.append(_row(steps, shape, sample, settings))
     size = sum(p.numel() for p in steps.model.parameters()) / 1e6
     return Report(machine() + ", one thread", f"{size:.1f} M parameters", rows, _aims(rows))
 
 
-def _trees(tokens: int, vocabulary: int) -> Iterator[tuple[str, Sample]]:
-    yield "apart", tree(apart(tokens), vocabulary, seed=0)
+def _trees(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Sample]]:
+    num = settings.tokens
+    yield "apart", tree(apart(num), vocabulary, seed=0)
     for shape, parents in SHAPES.items():
         for por in POR[1:]:
-            yield shape, tree(parents(tokens, por), vocabulary, seed=0)
-    for name, session in sessions().items():
-        agent = name.split()[0]
-        for shape, times in ((agent, 1), (f"{agent}, long", _LONGER.get(agent, 0))):
-            if times:
-                above, trained = scaled(session, times * tokens)
-                yield shape, tree(above, vocabulary, seed=0, trained=trained)
+            yield shape, tree(parents(num, por), vocabulary, seed=0)
+    found = {name.split()[0]: session for name, session in sessions().items()}
+    sizes = [(name, name, 1) for name in found]
+    if settings.has_larger:
+        sizes += [(f"{name}, long", name, times) for name, times in _LONGER.items()]
+    for shape, name, times in sizes:
+        above, trained = scaled(found[name], times * num)
+        yield shape, tree(above, vocabulary, seed=0, trained=trained)
 
 
 def _row(steps: Steps, shape: str, sample: Sample, settings: Settings) -> Row:

@@ -20,11 +20,14 @@ Layers = Annotated[int, typer.Option(min=1, help="Layers of the model.")]
 
 
 @bench.command("tree")
-def tree(
+def tree(  # noqa: PLR0913 - one argument for each option
     tokens: Annotated[int, typer.Option(min=64, help="Of a tree.")] = 2048,
     rounds: Rounds = 5,
     hidden: Hidden = 320,
     layers: Layers = 8,
+    larger: Annotated[  # noqa: FBT002
+        bool, typer.Option("--larger", help="Larger trees, too: half an hour more.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="An SVG file: speed over what is shared, and its bound.")
     ] = None,
@@ -34,7 +37,7 @@ def tree(
     from katcore.bench import training as measured
 
     with errors_said():
-        settings = measured.Settings(tokens, rounds, hidden, layers)
+        settings = measured.Settings(tokens, rounds, hidden, layers, larger)
         with bar(settings.num_parts) as step:
             report = measured.run(settings, step)
         if plot:

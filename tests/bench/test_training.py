@@ -75,7 +75,7 @@ def test_flops_are_counted_once_for_each_token_and_pair() -> None:
 
 
 def test_the_command_prints_rows_and_draws_them(tmp_path: Path) -> None:
-    options = "bench tree --tokens 64 --hidden 64 --layers 1 --rounds 1 --json --plot"
+    options = "bench tree --tokens 64 --hidden 64 --layers 1 --rounds 1 --larger --json --plot"
     result = CliRunner().invoke(app, [*options.split(), str(tmp_path / "tree.svg")])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]

@@ -5,14 +5,27 @@ and GLM are held to what `renderers` makes of the same conversations.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from trl import chat_template_utils as trl
 
 from katcore.inference.bytes import write_byte_tokenizer
 from katcore.inference.chat import ChatTokenizer
+
+_MARK = re.compile(r"</?\w|<[|｜]|[|｜]>|\[/?[A-Z]")
+
+
+def words(min_size: int, max_size: int, exclude: list[Any]) -> st.SearchStrategy[str]:
+    """Texts without marks, which no family escapes; some examples are strings of our own sources."""
+    kinds = st.characters(codec="utf-8", exclude_categories=exclude)
+    found = st.text(kinds, min_size=min_size, max_size=max_size)
+    return found.filter(lambda text: not _MARK.search(text))
+
 
 # After the results of tools the answer begins at once. No definition of a tool is shown to the model.
 _DEEPSEEK_V31 = """{{ bos_token }}

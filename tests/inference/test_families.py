@@ -1,20 +1,18 @@
 """The chat formats of model families: what the template renders is read back as it was meant."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from katcore.errors import EngineError, RequestError
 from katcore.inference.bytes import write_byte_tokenizer
 from katcore.inference.chat import ChatTokenizer
 from katcore.inference.scripted import ScriptedEngine
 from katcore.schema.call import EngineRequest, Message, Sampling, Tool, ToolCall
-from tests.inference.families import FAMILIES, small
+from tests.inference.families import FAMILIES, small, words
 
 SCHEMA = (
     '{"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "integer"}},'
@@ -23,11 +21,7 @@ SCHEMA = (
 BASH = Tool("bash", "runs a command", SCHEMA)
 ONE_CALL = ("llama3.1", "gpt-oss")
 """Families whose chat templates write one call in an answer, and no more."""
-_MARK = re.compile(r"</?\w|<[|｜]|[|｜]>|\[/?[A-Z]")
-_WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(
-    lambda text: not _MARK.search(text)
-)
-"""Without marks, which no family escapes; some examples are strings of our sources."""
+_WORDS = words(0, 20, ["Cc", "Cs"])
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

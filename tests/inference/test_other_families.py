@@ -17,7 +17,7 @@ from katcore.inference.chat import ChatTokenizer, _offered
 from katcore.inference.family import family
 from katcore.inference.scripted import ScriptedEngine
 from katcore.schema.call import EngineRequest, Message, Sampling, ToolCall
-from tests.inference.families import FAMILIES, small
+from tests.inference.families import FAMILIES, small, words
 from tests.inference.test_families import BASH, asks, parsed
 
 OTHERS = {
@@ -26,9 +26,7 @@ OTHERS = {
     "glm4.7": GLM5Renderer,
     "kimi-k2": KimiK2Renderer,
 }
-_WORDS = st.text(
-    st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=9
-)
+_WORDS = words(1, 9, ["C", "Z"])
 
 
 @pytest.fixture(scope="session")
