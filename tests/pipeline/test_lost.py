@@ -232,7 +232,8 @@ def reinforced(folder: Path, made: list[Rollout]) -> Learnt:
     samples = samples_of(own, own.plugins.experts()["terminal"], made)
     trainer = Trainer(load_policy(folder / "student"), Schedule(1e-2, 10))
     rl = RlSettings(level="turn", epochs=1, kl=0.1, entropy=0.01, correction="icepop")
-    learner = Learner(trainer, rl, None, seed=0, at_once=4)
+    start = load_policy(folder / "student").requires_grad_(False)
+    learner = Learner(trainer, rl, None, seed=0, at_once=4, reference=start)
     frontier = Frontier([], 0)
     frontier.learn(made)
     metrics = facts_of(made, 2.0) | staleness_of(made, 5) | frontier.rates
