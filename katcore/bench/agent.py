@@ -84,9 +84,8 @@ class TalkEngine:
 class Agent:
     """Records a session into `log`."""
 
-    def __init__(self, log: Path, dialect: str, seed: int, every: Every = SELDOM) -> None:
+    def __init__(self, log: Path, dialect: str, seed: int) -> None:
         self._dialect = dialect
-        self._every = every
         self._parse, self._body = DIALECTS[dialect][0].parse, DIALECTS[dialect][1]
         self._choose = random.Random(seed)
         self._engine = TalkEngine(self._choose)
@@ -112,15 +111,15 @@ class Agent:
         turn = 0
         while len(self.calls) < num_calls:
             turn += 1
-            if turn % self._every.compaction == 0:
+            if turn % SELDOM.compaction == 0:
                 history = await self._compacted(history)
-            if turn % self._every.cut == 0:
+            if turn % SELDOM.cut == 0:
                 self._cut(history)
-            if turn % self._every.again == 0:
+            if turn % SELDOM.again == 0:
                 await self._say(history)
             answer = await self._say(history)
             result = self._text(_OUTPUT)
-            if turn % self._every.subagent == 0:
+            if turn % SELDOM.subagent == 0:
                 result = await self._delegated(answer)
             history += [answer, self._result(answer, result)]
 

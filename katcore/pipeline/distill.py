@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from katcore.config import DistillSettings, is_first_process, learning_rate
@@ -23,6 +22,7 @@ from katcore.pipeline.lineage import ancestors
 from katcore.pipeline.rollouts import (
     Rollouts,
     StepRollouts,
+    facts_of,
     mixed,
     open_rollouts,
     samples_of,
@@ -243,8 +243,8 @@ class _Loop:
         for domain in self._domains:
             own = [rollout for rollout in rollouts if rollout.domain == domain.name]
             samples += samples_of(self._job, domain.expert, own)
-            if rewards := [rollout.reward for rollout in own if rollout.reward is not None]:
-                metrics[f"reward/{domain.name}"] = fmean(rewards)
+            if "reward" in (facts := facts_of(own)):
+                metrics[f"reward/{domain.name}"] = facts["reward"]
         if not samples:
             raise StageError("no rollout of this step was scored; rollouts.jsonl has their errors")
         objective = self._objective(samples, self._shape)
